@@ -1,0 +1,70 @@
+"""mlx_gemma4: fine-tune Gemma 4 on Apple Silicon, exactly and in little memory.
+
+    import mlx_gemma4 as g4
+    gemma = g4.load("google/gemma-4-E2B-it")
+    data = g4.read("my_data/", gemma)
+    run = g4.finetune(gemma, data, g4.TrainConfig(iters=200), lora=g4.LoraConfig(rank=8))
+    run.plot(); gemma.generate("..."); run.export("out/")
+
+Names are loaded when they are first used, so importing the package is quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "AdapterError": "errors",
+    "Batch": "data.batches",
+    "CapabilityError": "errors",
+    "ConfigError": "errors",
+    "DataConfig": "config",
+    "DataError": "errors",
+    "Dataset": "data.dataset",
+    "Gemma4": "gemma",
+    "Gemma4Error": "errors",
+    "LoraConfig": "config",
+    "ModelError": "errors",
+    "Plan": "model.plan",
+    "Run": "train.run",
+    "TrainConfig": "config",
+    "TrainingError": "errors",
+    "finetune": "train.loop",
+    "load": "gemma",
+    "loss_and_grads": "train.step",
+    "read": "data.dataset",
+}
+
+__all__ = sorted(_HOMES)
+
+if TYPE_CHECKING:
+    from .config import DataConfig, LoraConfig, TrainConfig
+    from .data.batches import Batch
+    from .data.dataset import Dataset, read
+    from .errors import (
+        AdapterError,
+        CapabilityError,
+        ConfigError,
+        DataError,
+        Gemma4Error,
+        ModelError,
+        TrainingError,
+    )
+    from .gemma import Gemma4, load
+    from .model.plan import Plan
+    from .train.loop import finetune
+    from .train.run import Run
+    from .train.step import loss_and_grads
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,91 @@
+"""What can go wrong, and how it is told.
+
+Every error says three things: what was found, what was wanted, what to do.
+
+    Gemma4Error
+    ├── ConfigError       a setting: unknown key, wrong type, two that exclude each other
+    ├── ModelError        a checkpoint: missing, wrong kind, incomplete weights
+    │   └── CapabilityError   a backbone that cannot do what was asked of it
+    ├── DataError         a data file or row
+    ├── AdapterError      an adapter that does not fit, or a LoRA target that is not there
+    └── TrainingError     a run that must not go on, such as a non-finite loss
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+
+__all__ = [
+    "AdapterError",
+    "CapabilityError",
+    "ConfigError",
+    "DataError",
+    "Gemma4Error",
+    "ModelError",
+    "TrainingError",
+]
+
+
+class Gemma4Error(Exception):
+    """The root of the tree.
+
+    Args:
+        found: what is the case, with names and numbers.
+        wanted: what should have been.
+        do: the next step for the person who reads it.
+    """
+
+    def __init__(self, found: str, *, wanted: str, do: str):
+        super().__init__(f"{found}\n  wanted: {wanted}\n  do:     {do}")
+        self.found, self.wanted, self.do = found, wanted, do
+
+    def __reduce__(self):
+        return _rebuild, (type(self), self.found, self.wanted, self.do)
+
+
+class ConfigError(Gemma4Error):
+    """A setting that cannot be used."""
+
+
+class ModelError(Gemma4Error):
+    """A checkpoint that cannot be used."""
+
+
+class CapabilityError(ModelError):
+    """A backbone that cannot do what was asked of it."""
+
+
+class DataError(Gemma4Error):
+    """A data file or a row that cannot be used."""
+
+
+class AdapterError(Gemma4Error):
+    """An adapter or a LoRA target that does not fit the model."""
+
+
+class TrainingError(Gemma4Error):
+    """A run that must not go on."""
+
+
+def _rebuild(kind: type[Gemma4Error], found: str, wanted: str, do: str) -> Gemma4Error:
+    return kind(found, wanted=wanted, do=do)
+
+
+def listing(names: Iterable[object], limit: int = 20) -> str:
+    """Names for a message: indented, a line each, the count of what is left out last."""
+    rows = [str(name) for name in names]
+    shown = "".join(f"\n    {row}" for row in rows[:limit])
+    return shown + (f"\n    ... and {len(rows) - limit} more" if len(rows) > limit else "")
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run a command: an error of ours ends it with one message and exit code 2, no traceback."""
+    try:
+        main()
+    except Gemma4Error as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("stopped: what was saved is kept", file=sys.stderr)
+        raise SystemExit(130) from None

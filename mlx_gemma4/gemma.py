@@ -1,0 +1,188 @@
+"""`Gemma4`: a loaded model with its tokenizer and plan, and the few things one does with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .config import LoraConfig
+from .data.batches import Batch
+from .errors import AdapterError, ModelError
+from .model.loader import LoadedBackbone, load_backbone, resolve
+from .model.names import flat, is_frozen_buffer, lm_head, text_model
+from .model.plan import Plan
+from .model.tokenizer import end_tokens, load_processor, load_tokenizer
+from .nn.adapter import load_adapter
+from .nn.forward import forward, head
+from .nn.lora import attach_lora, resolve_targets
+
+__all__ = ["Gemma4", "load"]
+
+
+def load(
+    path_or_hub_id: str | Path, adapter: str | Path | None = None, *, towers: bool = False
+) -> Gemma4:
+    """Load a Gemma 4 for training or generation.
+
+    Args:
+        path_or_hub_id: a checkpoint folder, or a Hugging Face id.
+        adapter: an adapter folder in mlx-lm's layout, such as OUTPUT/adapter.
+        towers: build image and audio towers too, through mlx-vlm.
+
+    Returns:
+        The model with everything frozen; `add_lora` or `train_all` says what trains. With an
+        adapter, its LoRA layers train.
+
+    Raises:
+        ModelError: the checkpoint cannot be used as it is.
+        AdapterError: the adapter does not fit it.
+
+    >>> import mlx_gemma4 as g4
+    >>> gemma = g4.load(tiny)
+    >>> gemma.plan.num_shared
+    3
+    """
+    folder = resolve(path_or_hub_id)
+    loaded = load_backbone(folder, towers=towers)
+    tokenizer = load_tokenizer(folder)
+    gemma = Gemma4(
+        name=str(path_or_hub_id),
+        loaded=loaded,
+        tokenizer=tokenizer,
+        processor=load_processor(folder) if towers else None,
+        end_tokens=frozenset(end_tokens(folder, loaded.config, tokenizer)),
+    )
+    if adapter is not None:
+        gemma.lora = load_adapter(gemma.backbone, adapter)
+    return gemma
+
+
+@dataclass(repr=False)
+class Gemma4:
+    """A Gemma 4 in memory.
+
+    Attributes:
+        name: the path or Hub id that it was loaded from.
+        loaded: backbone, plan, PLE rows, and the loader's report.
+        tokenizer: the transformers tokenizer, with the chat template.
+        processor: mlx-vlm's processor where towers were loaded.
+        end_tokens: token ids on which an answer ends.
+        lora: the settings of the LoRA layers on it, if any.
+    """
+
+    name: str
+    loaded: LoadedBackbone
+    tokenizer: Any
+    processor: Any
+    end_tokens: frozenset[int]
+    lora: LoraConfig | None = None
+
+    @property
+    def backbone(self) -> nn.Module:
+        """mlx-lm's model, or mlx-vlm's with towers."""
+        return self.loaded.backbone
+
+    @property
+    def plan(self) -> Plan:
+        """The architecture."""
+        return self.loaded.plan
+
+    def logits(self, tokens_BT: mx.array) -> mx.array:
+        """Logits (B, T, V), float32, of token ids (B, T), through the training forward."""
+        tokens_BT = mx.array(tokens_BT)
+        hidden = forward(self.backbone, self.plan, tokens_BT, ple_BTLP=self.ple_rows(tokens_BT))
+        return head(self.backbone, self.plan, hidden)
+
+    def ple_rows(self, tokens_BT: mx.array) -> mx.array | None:
+        """Rows (B, T, L, P) of the PLE table, read from disk; None for members without one."""
+        return self.loaded.ple_rows(tokens_BT) if self.loaded.ple_rows else None
+
+    def with_ple_rows(self, batch: Batch) -> Batch:
+        """The batch with its PLE rows, where this family member has any."""
+        if batch.ple_BTLP is not None or self.loaded.ple_rows is None:
+            return batch
+        return replace(batch, ple_BTLP=self.ple_rows(batch.tokens_BT))
+
+    def add_lora(self, lora: LoraConfig = LoraConfig()) -> Mapping[str, int]:
+        """Put LoRA layers on the model and let only them train.
+
+        Returns:
+            How many modules of each path within a layer were adapted.
+
+        Raises:
+            AdapterError: a target matches nothing, or the model carries LoRA already.
+        """
+        if self.lora is not None:
+            raise AdapterError(
+                "the model carries LoRA layers already",
+                wanted="a model without",
+                do="load the model again, or train the adapter that is on it",
+            )
+        self.backbone.freeze()
+        modules = resolve_targets(self.backbone, lora)
+        attach_lora(self.backbone, modules, lora)
+        self.lora = lora
+        counts: dict[str, int] = {}
+        for _, path in modules:
+            counts[path] = counts.get(path, 0) + 1
+        return counts
+
+    def train_all(self) -> None:
+        """Let every weight of the language model train, but no buffer, tower or PLE table.
+
+        Raises:
+            ModelError: quantized weights, which have no gradient.
+        """
+        text = text_model(self.backbone)
+        if any("scales" in module for module in text.modules()):
+            raise ModelError(
+                "the model is quantized",
+                wanted="full precision: quantized weights have no gradient",
+                do="train LoRA, or load the original checkpoint",
+            )
+        for module in text.modules():
+            buffers = [name for name in module if is_frozen_buffer(name)]
+            module.unfreeze(recurse=False)
+            if buffers:
+                module.freeze(recurse=False, keys=buffers)
+        if not self.plan.tied:
+            lm_head(self.backbone).unfreeze()
+
+    def generate(self, prompt: str, **options: Any) -> str:
+        """Answer a prompt through the chat template; options as in `generate.generate`."""
+        from .generate import generate
+
+        return generate(self, prompt, **options)
+
+    def __repr__(self) -> str:
+        plan, loaded = self.plan, self.loaded
+        size = sum(value.nbytes for value in flat(self.backbone.parameters()).values())
+        on_disk = f" + {_size(loaded.ple_rows.nbytes)} PLE on disk" if loaded.ple_rows else ""
+        shared = ""
+        if plan.num_shared:
+            sources = ", ".join(map(str, sorted(plan.kv_sources)))
+            shared = f", the last {plan.num_shared} with K/V of layers {sources}"
+        counts = f" ({loaded.dropped} dead K/V tensors dropped)" if loaded.dropped else ""
+        lines = [
+            f"Gemma 4 {plan.member} ({plan.model_type}) from {self.name}",
+            f"  layers:  {len(plan.layers)}{shared}{counts}",
+            f"  memory:  {_size(size)}{on_disk}",
+            f"  gate:    {loaded.verdict}",
+        ]
+        if loaded.left_out:
+            lines.append(f"  towers:  {loaded.left_out} tensors left out (text only)")
+        if self.lora:
+            lines.append(f"  LoRA:    rank {self.lora.rank} on {', '.join(self.lora.targets)}")
+        return "\n".join(lines)
+
+
+def _size(nbytes: int) -> str:
+    for unit, power in (("GB", 1e9), ("MB", 1e6)):
+        if nbytes >= power:
+            return f"{nbytes / power:.1f} {unit}"
+    return f"{nbytes / 1e3:.0f} kB"

@@ -1,0 +1,1 @@
+"""What Gemma 4 is, and how it gets into memory."""

@@ -1,0 +1,332 @@
+"""A checkpoint folder or Hub id -> a backbone with exactly the weights that Gemma 4 has.
+
+Upstream builds the modules; here they lose the K/V projections and norms of layers that share
+keys and values (and the PLE table, see ple.py), and then every stored tensor must find its place
+and every parameter its tensor. Only dead K/V weights of shared layers are dropped, and counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..errors import CapabilityError, ModelError, listing
+from .capability import Verdict, inspect_backbone
+from .kv_store import apply_kv_store
+from .names import (
+    DEAD_KV,
+    PLE_TABLE,
+    flat,
+    inner_name,
+    is_dead,
+    split_experts,
+    text_model,
+    text_prefix,
+    tower_of,
+)
+from .plan import FULL, SLIDING, Plan, read_config
+from .ple import DiskEmbedding, PerLayerRows
+from .quantize import quantize_as_stored, stored_quantization
+from .weights import StoredTensor, load_tensors, read_index
+
+__all__ = ["LoadedBackbone", "build_backbone", "load_backbone", "resolve"]
+
+_DOWNLOAD = ["*.json", "*.safetensors", "*.jinja", "*.model"]
+
+
+@dataclass
+class LoadedBackbone:
+    """What `load_backbone` found and made.
+
+    Attributes:
+        backbone: mlx-lm's model, or mlx-vlm's where towers were asked for; frozen, evaluated.
+        ple_rows: reads per-layer embeddings from disk; None for a family member without them.
+        verdict: the capability gate's.
+        dropped: stored K/V tensors of shared layers, which no Gemma 4 uses.
+        left_out: stored tower tensors that a text run does not load.
+    """
+
+    backbone: nn.Module
+    plan: Plan
+    config: Mapping[str, Any]
+    ple_rows: PerLayerRows | None
+    verdict: Verdict
+    dropped: int
+    left_out: int
+
+
+def resolve(path_or_hub_id: str | Path) -> Path:
+    """The local folder of a model, downloaded from the Hugging Face Hub if it is not a folder.
+
+    Raises:
+        ModelError: neither a folder nor a model that the Hub gives.
+    """
+    folder = Path(path_or_hub_id).expanduser()
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.utils import HfHubHTTPError
+
+    try:
+        return Path(snapshot_download(str(path_or_hub_id), allow_patterns=_DOWNLOAD))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"{path_or_hub_id} is no folder, and the Hub did not give it: {reason}",
+            wanted="a model folder or a Hugging Face id, such as google/gemma-4-E2B-it",
+            do="check the spelling, the network, and `hf auth login` for gated models",
+        ) from None
+
+
+def load_backbone(folder: Path, *, towers: bool = False) -> LoadedBackbone:
+    """Build and strictly load the backbone of a checkpoint folder.
+
+    Args:
+        folder: config.json and safetensors files, single or sharded, plain or MLX-quantized.
+        towers: build image and audio towers too, through mlx-vlm. Text runs never import it.
+
+    Raises:
+        ModelError: with every missing, unexpected and misshapen tensor listed at once.
+    """
+    config = read_config(folder)
+    plan = Plan.from_config(config)
+    stored = read_index(folder)
+    if towers and not plan.is_multimodal:
+        raise ModelError(
+            f"{folder} is text only ({plan.model_type})",
+            wanted="a checkpoint with image or audio towers",
+            do="load it without towers",
+        )
+    backbone = build_backbone(plan, config if towers else None)
+    placement = _Placement(backbone, plan, stored, towers)
+    ple_rows = _take_ple_table(backbone, plan, placement.ple, config)
+    weights = _tower_weights(backbone, placement)
+    shapes = {**placement.text_shapes(), **{name: value.shape for name, value in weights.items()}}
+    if quantization := stored_quantization(config):
+        quantize_as_stored(backbone, quantization, shapes)
+    _require_match(backbone, shapes, placement.unexpected, folder)
+    weights.update(placement.text_weights())
+    backbone.load_weights(list(weights.items()), strict=False)
+    backbone.eval()
+    _freeze(backbone)
+    mx.eval(backbone.parameters())
+    verdict = inspect_backbone(backbone)
+    if plan.num_shared and not verdict.native:
+        apply_kv_store(backbone)
+    return LoadedBackbone(
+        backbone, plan, config, ple_rows, verdict, len(placement.dead), len(placement.left_out)
+    )
+
+
+def build_backbone(plan: Plan, config: Mapping[str, Any] | None = None) -> nn.Module:
+    """Upstream's modules for a plan, without K/V projections and norms on shared layers.
+
+    Args:
+        config: config.json, to build towers as well (mlx-vlm); None for text alone (mlx-lm).
+    """
+    text_args = _text_args(plan)
+    if config is not None:
+        backbone = _build_with_towers(plan, text_args, config)
+    else:
+        from mlx_lm.models import gemma4, gemma4_text
+
+        if plan.is_multimodal:
+            backbone = gemma4.Model(
+                gemma4.ModelArgs.from_dict(
+                    {
+                        "model_type": "gemma4",
+                        "text_config": text_args,
+                        "vocab_size": plan.vocab_size,
+                    }
+                )
+            )
+        else:
+            backbone = gemma4_text.Model(gemma4_text.ModelArgs.from_dict(text_args))
+    for layer_plan, layer in zip(plan.layers, text_model(backbone).layers):
+        if layer_plan.shares_kv:
+            for name in DEAD_KV:
+                layer.self_attn.pop(name, None)
+    return backbone
+
+
+def _text_args(plan: Plan) -> dict[str, Any]:
+    """The plan in the words of mlx-lm's and mlx-vlm's text configs; nothing left to defaults."""
+    by_kind = {layer.kind: layer for layer in plan.layers}
+    sliding, full = by_kind.get(SLIDING, plan.layers[0]), by_kind.get(FULL, plan.layers[0])
+    return {
+        "model_type": "gemma4_text",
+        "hidden_size": plan.hidden_size,
+        "num_hidden_layers": len(plan.layers),
+        "intermediate_size": plan.layers[0].mlp_width,
+        "num_attention_heads": plan.num_heads,
+        "head_dim": sliding.head_dim,
+        "global_head_dim": full.head_dim,
+        "rms_norm_eps": plan.rms_norm_eps,
+        "vocab_size": plan.vocab_size,
+        "vocab_size_per_layer_input": plan.ple.vocab_size if plan.ple else plan.vocab_size,
+        "num_key_value_heads": sliding.num_kv_heads,
+        "num_global_key_value_heads": full.num_kv_heads,
+        "num_kv_shared_layers": plan.num_shared,
+        "hidden_size_per_layer_input": plan.ple.width if plan.ple else 0,
+        "rope_traditional": False,
+        "rope_parameters": {kind: dict(values) for kind, values in plan.rope.items()},
+        "sliding_window": sliding.window or plan.max_positions,
+        "max_position_embeddings": plan.max_positions,
+        "attention_k_eq_v": full.k_eq_v,
+        "final_logit_softcapping": plan.softcap,
+        "use_double_wide_mlp": plan.layers[-1].mlp_width != plan.layers[0].mlp_width,
+        "use_bidirectional_attention": plan.bidirectional,
+        "enable_moe_block": plan.moe is not None,
+        "num_experts": plan.moe.num_experts if plan.moe else None,
+        "top_k_experts": plan.moe.top_k if plan.moe else None,
+        "moe_intermediate_size": plan.moe.width if plan.moe else None,
+        "layer_types": [layer.kind for layer in plan.layers],
+        "tie_word_embeddings": plan.tied,
+    }
+
+
+def _build_with_towers(plan: Plan, text_args: dict[str, Any], config: Mapping[str, Any]) -> Any:
+    import importlib
+
+    try:
+        module = importlib.import_module(f"mlx_vlm.models.{plan.model_type}")
+    except ImportError:
+        raise CapabilityError(
+            f"the installed mlx-vlm has no {plan.model_type}",
+            wanted="an mlx-vlm that builds this family member",
+            do="pip install -U mlx-vlm, or load without towers",
+        ) from None
+    parts: dict[str, Any] = {"text_config": module.TextConfig.from_dict(text_args)}
+    for name, kind in (("vision_config", "VisionConfig"), ("audio_config", "AudioConfig")):
+        values = config.get(name)
+        parts[name] = getattr(module, kind).from_dict(_tower_args(values)) if values else None
+    rest = {k: v for k, v in config.items() if k not in parts}
+    model_config = module.ModelConfig.from_dict({**rest, "vocab_size": plan.vocab_size})
+    for name, value in parts.items():
+        setattr(model_config, name, value)
+    backbone = module.Model(model_config)
+    for part in backbone.modules():
+        # mlx-vlm's audio position embedding never initialises its base class.
+        if not hasattr(part, "_no_grad"):
+            part._no_grad, part._training = set(), True
+    return backbone
+
+
+def _tower_args(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A tower's config with what transformers derives for the 12B member and does not save."""
+    derived = dict(values)
+    if values.get("model_type") == "gemma4_unified_vision":
+        derived.setdefault("model_patch_size", values["patch_size"] * values["pooling_kernel_size"])
+    if values.get("model_type") == "gemma4_unified_audio":
+        derived.setdefault("output_proj_dims", values["audio_embed_dim"])
+    return derived
+
+
+class _Placement:
+    """Where each stored tensor goes: one pass over the keys, nothing read yet."""
+
+    def __init__(
+        self, backbone: nn.Module, plan: Plan, stored: Mapping[str, StoredTensor], towers: bool
+    ):
+        self.stored = stored
+        self.text: dict[str, list[str]] = {}
+        self.towers: list[str] = []
+        self.dead: list[str] = []
+        self.left_out: list[str] = []
+        self.unexpected: list[str] = []
+        self.ple: dict[str, StoredTensor] = {}
+        prefix = text_prefix(backbone)
+        head = prefix.removesuffix("model.")
+        for key, tensor in stored.items():
+            inner = inner_name(key, plan)
+            if inner is None:
+                found = tower_of(key, plan)
+                (self.unexpected if not found else self.towers if towers else self.left_out).append(
+                    key
+                )
+            elif is_dead(inner, plan):
+                self.dead.append(key)
+            elif inner.startswith(PLE_TABLE + ".") and plan.ple:
+                self.ple[inner.removeprefix(PLE_TABLE + ".")] = tensor
+            elif inner.startswith("lm_head."):
+                self.text[key] = [head + inner]
+            else:
+                self.text[key] = [prefix + name for name in split_experts(inner)]
+
+    def text_shapes(self) -> dict[str, tuple[int, ...]]:
+        shapes = {}
+        for key, names in self.text.items():
+            shape = self.stored[key].shape
+            if len(names) == 2:
+                shape = (shape[0], shape[1] // 2, *shape[2:])
+            shapes.update(dict.fromkeys(names, shape))
+        return shapes
+
+    def text_weights(self) -> dict[str, mx.array]:
+        arrays = load_tensors({key: self.stored[key] for key in self.text})
+        weights: dict[str, mx.array] = {}
+        for key, names in self.text.items():
+            parts = mx.split(arrays[key], len(names), axis=1) if len(names) > 1 else [arrays[key]]
+            weights.update(zip(names, parts))
+        return weights
+
+
+def _tower_weights(backbone: nn.Module, placement: _Placement) -> dict[str, mx.array]:
+    """The towers' tensors as mlx-vlm's own sanitize names and lays them out."""
+    if not placement.towers:
+        return {}
+    arrays = load_tensors({key: placement.stored[key] for key in placement.towers})
+    sanitized: dict[str, mx.array] = backbone.sanitize(arrays)
+    return sanitized
+
+
+def _take_ple_table(
+    backbone: nn.Module, plan: Plan, stored: Mapping[str, StoredTensor], config: Mapping[str, Any]
+) -> PerLayerRows | None:
+    """Put a reader of the stored table in the place of the backbone's own."""
+    if plan.ple is None:
+        return None
+    if "weight" not in stored:
+        raise ModelError(
+            f"the checkpoint has no {PLE_TABLE}.weight",
+            wanted="the table of per-layer embeddings that config.json announces",
+            do="download the checkpoint again",
+        )
+    mode = (config.get("quantization") or {}).get("mode", "affine")
+    rows = PerLayerRows(stored, plan, mode)
+    text_model(backbone).embed_tokens_per_layer = DiskEmbedding(rows)
+    return rows
+
+
+def _require_match(
+    backbone: nn.Module,
+    shapes: Mapping[str, tuple[int, ...]],
+    unexpected: list[str],
+    folder: Path,
+) -> None:
+    wanted = {name: value.shape for name, value in flat(backbone.parameters()).items()}
+    problems = [f"missing     {name} {wanted[name]}" for name in sorted(set(wanted) - set(shapes))]
+    problems += [f"unexpected  {name}" for name in sorted({*unexpected, *shapes} - set(wanted))]
+    problems += [
+        f"misshapen   {name}: {tuple(shapes[name])}, wanted {wanted[name]}"
+        for name in sorted(set(wanted) & set(shapes))
+        if tuple(shapes[name]) != wanted[name]
+    ]
+    if problems:
+        raise ModelError(
+            f"{len(problems)} tensors of {folder} do not match config.json:"
+            f"{listing(problems, limit=len(problems))}",
+            wanted="exactly the tensors that config.json describes",
+            do="download the checkpoint again, or take its own config.json",
+        )
+
+
+def _freeze(backbone: nn.Module) -> None:
+    for module in backbone.modules():
+        module.freeze(recurse=False)

@@ -1,0 +1,112 @@
+"""Where mlx-lm and mlx-vlm keep the parts of a Gemma 4, and how a checkpoint's keys map there.
+
+A checkpoint names the language model in one of four ways, and a backbone in one of two. Between
+them stands the inner name, which all share: `layers.3.self_attn.q_proj.weight`.
+
+    model.language_model.<inner>            Google's, transformers' (with towers)
+    language_model.model.<inner>            MLX conversions (with towers)
+    model.<inner>                           text only
+    <inner>                                 text only, without a head
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from .plan import Plan
+
+__all__ = [
+    "DEAD_KV",
+    "flat",
+    "inner_name",
+    "is_dead",
+    "is_frozen_buffer",
+    "lm_head",
+    "text_model",
+    "text_prefix",
+]
+
+DEAD_KV = ("k_proj", "v_proj", "k_norm", "v_norm")
+"""The parts of an attention module that a layer with shared keys and values does not have."""
+
+PLE_TABLE = "embed_tokens_per_layer"
+
+_TEXT_PREFIXES = ("model.language_model.", "language_model.model.")
+_LAYER = re.compile(r"layers\.(\d+)\.self_attn\.(\w+)\.(?:weight|bias|scales|biases)")
+_BUFFER = re.compile(r"(^|\.)(layer_scalar|(input|output)_(min|max))$")
+
+
+def text_model(backbone: Any) -> Any:
+    """The module that holds embed_tokens, layers and norm, in any upstream backbone."""
+    return getattr(backbone, "language_model", backbone).model
+
+
+def lm_head(backbone: Any) -> Any:
+    """The untied output projection of a backbone that has one."""
+    return getattr(backbone, "language_model", backbone).lm_head
+
+
+def flat(tree: Any) -> dict[str, mx.array]:
+    """A tree of parameters or gradients by dotted name."""
+    return dict(tree_flatten(tree))
+
+
+def text_prefix(backbone: Any) -> str:
+    """The path of `text_model` within the backbone, with a final dot."""
+    return "language_model.model." if hasattr(backbone, "language_model") else "model."
+
+
+def inner_name(key: str, plan: Plan) -> str | None:
+    """The inner name of a language-model key; None for a key of another part.
+
+    The untied head keeps its name, `lm_head.weight`.
+    """
+    key = re.sub(r"^(model\.)?(language_model\.)?lm_head\.", "lm_head.", key)
+    if key.startswith("lm_head."):
+        return key
+    for prefix in _TEXT_PREFIXES:
+        if key.startswith(prefix):
+            return key.removeprefix(prefix)
+    if plan.is_multimodal:
+        return None
+    return key.removeprefix("model.")
+
+
+def is_dead(inner: str, plan: Plan) -> bool:
+    """Whether a key is a K/V weight of a layer that uses another layer's keys and values."""
+    match = _LAYER.fullmatch(inner)
+    return bool(
+        match
+        and match[2] in DEAD_KV
+        and int(match[1]) < len(plan.layers)
+        and plan.layers[int(match[1])].shares_kv
+    )
+
+
+def is_frozen_buffer(name: str) -> bool:
+    """Whether a parameter in MLX is a buffer in transformers: layer scalars, clip bounds."""
+    return bool(_BUFFER.search(name))
+
+
+def tower_of(key: str, plan: Plan) -> str | None:
+    """The tower that a checkpoint key belongs to, if the plan has that tower."""
+    part = key.removeprefix("model.").split(".", 1)[0]
+    return part if part in plan.towers else None
+
+
+def split_experts(inner: str) -> Iterable[str]:
+    """The names that MLX gives the stacked expert weights of a transformers key."""
+    base, _, last = inner.rpartition(".experts.")
+    if base and last == "gate_up_proj":
+        return (
+            f"{base}.experts.switch_glu.gate_proj.weight",
+            f"{base}.experts.switch_glu.up_proj.weight",
+        )
+    if base and last == "down_proj":
+        return (f"{base}.experts.switch_glu.down_proj.weight",)
+    return (inner,)

@@ -1,0 +1,256 @@
+"""Small Gemma 4 checkpoints, built on the spot: the embedded default, and the tests' models.
+
+Each has every feature of its family member at a size that trains on a CPU in seconds, in the
+Hugging Face layout, with a tokenizer trained from the texts that are given and a chat template.
+Weights are random and no norm or scalar is 1, so that a forgotten one shows.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .loader import build_backbone
+from .names import PLE_TABLE, flat, text_prefix
+from .plan import FULL, SLIDING, Plan
+
+__all__ = ["SHAPES", "build_tiny", "save_weights"]
+
+# Ids below 110 are the released tokenizer's; the rest of them stay unused here.
+_SPECIAL = {
+    0: "<pad>", 1: "<eos>", 2: "<bos>", 3: "<unk>", 4: "<mask>",
+    46: "<|tool>", 47: "<tool|>", 48: "<|tool_call>", 49: "<tool_call|>",
+    50: "<|tool_response>", 51: "<tool_response|>", 52: '<|"|>', 98: "<|think|>",
+    100: "<|channel>", 101: "<channel|>", 105: "<|turn>", 106: "<turn|>",
+    110: "<|image>", 111: "<|image|>", 112: "<image|>",
+    113: "<|audio>", 114: "<|audio|>", 115: "<audio|>", 116: "<|video|>",
+}  # fmt: skip
+_FIRST_FREE = 117
+
+CHAT_TEMPLATE = """\
+{{- bos_token -}}
+{%- for message in messages -%}
+{%- set role = 'model' if message['role'] == 'assistant' else message['role'] -%}
+{{- '<|turn>' + role + '\\n' + (message['content'] | trim) + '<turn|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|turn>model\\n' -}}{%- endif -%}
+"""
+
+_KINDS = [SLIDING, SLIDING, FULL] * 2
+_BASE: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "global_head_dim": 32,
+    "num_global_key_value_heads": None,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-6,
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "sliding_window": 32,
+    "layer_types": _KINDS,
+    "final_logit_softcapping": 30.0,
+    "use_bidirectional_attention": None,
+    "hidden_size_per_layer_input": 8,
+    "attention_k_eq_v": False,
+    "num_kv_shared_layers": 3,
+    "use_double_wide_mlp": True,
+    "enable_moe_block": False,
+    "num_experts": None,
+    "top_k_experts": None,
+    "moe_intermediate_size": None,
+    "tie_word_embeddings": True,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+    "rope_parameters": {
+        SLIDING: {"rope_type": "default", "rope_theta": 10000.0},
+        FULL: {
+            "rope_type": "proportional",
+            "rope_theta": 1000000.0,
+            "partial_rotary_factor": 0.25,
+        },
+    },
+}
+_LARGE = {
+    "num_key_value_heads": 2,
+    "num_global_key_value_heads": 1,
+    "hidden_size_per_layer_input": 0,
+    "attention_k_eq_v": True,
+    "num_kv_shared_layers": 0,
+    "use_double_wide_mlp": False,
+    "use_bidirectional_attention": "vision",
+}
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "e2b": _BASE,
+    "e4b": {
+        **_BASE, "num_key_value_heads": 2, "use_double_wide_mlp": False,
+        "num_hidden_layers": 8, "layer_types": [SLIDING, SLIDING, SLIDING, FULL] * 2,
+        "num_kv_shared_layers": 3,
+    },
+    "moe": {
+        **_BASE, **_LARGE, "enable_moe_block": True, "num_experts": 8, "top_k_experts": 2,
+        "moe_intermediate_size": 32,
+    },
+    "dense": {**_BASE, **_LARGE},
+    "unified": {**_BASE, **_LARGE},
+}  # fmt: skip
+"""Text configs by family member: E2B, E4B, 26B-A4B (moe), 31B (dense), 12B (unified)."""
+
+
+def build_tiny(
+    folder: Path, texts: Iterable[str], *, shape: str = "e2b", vocab_size: int = 1024, seed: int = 0
+) -> Path:
+    """Write a checkpoint: config.json, model.safetensors, tokenizer files, chat template.
+
+    Args:
+        folder: made if it is not there.
+        texts: what the tokenizer is trained on.
+        shape: a key of SHAPES.
+        vocab_size: tokens, of which 373 are special or bytes.
+        seed: for the weights.
+
+    Returns:
+        The folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    vocab_size = _save_tokenizer(folder, texts, vocab_size)
+    config = _config(shape, vocab_size)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 106]}) + "\n")
+    plan = Plan.from_config(config)
+    backbone = build_backbone(plan)
+    _randomize(backbone, seed)
+    save_weights(backbone, plan, folder)
+    return folder
+
+
+def save_weights(backbone: nn.Module, plan: Plan, folder: Path) -> None:
+    """Write model.safetensors under transformers' names, whole or not at all.
+
+    A PLE table that was read from disk is not in the backbone; it is taken from the file that
+    is replaced.
+    """
+    prefix, weights = text_prefix(backbone), flat(backbone.parameters())
+    outer = "model.language_model." if plan.is_multimodal else "model."
+    stored = {outer + name.removeprefix(prefix): value for name, value in weights.items()}
+    for name in [name for name in stored if name.endswith("switch_glu.gate_proj.weight")]:
+        base = name.removesuffix("switch_glu.gate_proj.weight")
+        parts = [stored.pop(f"{base}switch_glu.{part}_proj.weight") for part in ("gate", "up")]
+        stored[base + "gate_up_proj"] = mx.concatenate(parts, axis=1)
+        stored[base + "down_proj"] = stored.pop(base + "switch_glu.down_proj.weight")
+    table = f"{outer}{PLE_TABLE}.weight"
+    if plan.ple and table not in stored:
+        previous = mx.load(str(folder / "model.safetensors"))
+        assert isinstance(previous, dict)
+        stored[table] = previous[table]
+    mx.eval(stored)
+    mx.save_safetensors(str(folder / ".partial.safetensors"), stored, {"format": "pt"})
+    (folder / ".partial.safetensors").replace(folder / "model.safetensors")
+
+
+def _config(shape: str, vocab_size: int) -> dict[str, Any]:
+    unified = shape == "unified"
+    text = {
+        **SHAPES[shape],
+        "model_type": "gemma4_unified_text" if unified else "gemma4_text",
+        "vocab_size": vocab_size,
+        "vocab_size_per_layer_input": vocab_size,
+    }
+    if unified:
+        del text["hidden_size_per_layer_input"], text["vocab_size_per_layer_input"]
+    name = "Gemma4UnifiedForConditionalGeneration" if unified else "Gemma4ForConditionalGeneration"
+    return {
+        "architectures": [name],
+        "model_type": "gemma4_unified" if unified else "gemma4",
+        "text_config": text,
+        "vision_config": None,
+        "audio_config": None,
+        "vocab_size": vocab_size,
+        "tie_word_embeddings": True,
+        "dtype": "float32",
+        "eos_token_id": [1, 106],
+        "boi_token_id": 110,
+        "image_token_id": 111,
+        "eoi_token_id": 112,
+        "boa_token_id": 113,
+        "audio_token_id": 114,
+        "eoa_token_index": 115,
+        "video_token_id": 116,
+    }
+
+
+def _randomize(backbone: nn.Module, seed: int) -> None:
+    keys = iter(mx.random.split(mx.random.key(seed), 4096))
+
+    def value(name: str, old: mx.array) -> mx.array:
+        noise = mx.random.normal(old.shape, key=next(keys))
+        if name.endswith("layer_scalar"):
+            return 0.9 + 0.05 * noise
+        if name.endswith(("q_norm.weight", "k_norm.weight")):
+            # Attention is unscaled: norms near H^-1/4 keep scores in softmax's live range.
+            return old.shape[0] ** -0.25 * (1 + 0.1 * noise)
+        if "norm" in name or "scale" in name:
+            return 1 + 0.1 * noise
+        if "embed_tokens" in name:
+            return noise * old.shape[-1] ** -0.5
+        return noise * old.shape[-1] ** -0.5 * 0.7
+
+    backbone.load_weights([(n, value(n, v)) for n, v in flat(backbone.parameters()).items()])
+
+
+def _save_tokenizer(folder: Path, texts: Iterable[str], vocab_size: int) -> int:
+    """Train and save a byte-fallback BPE in Gemma's manner; returns the size of its vocabulary."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from tokenizers.trainers import BpeTrainer
+    from transformers import PreTrainedTokenizerFast
+
+    space = normalizers.Replace(" ", "▁")
+    words = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split("\n", "isolated"),
+            pre_tokenizers.Split("▁", "merged_with_next"),
+        ]
+    )
+    learner = Tokenizer(models.BPE())
+    learner.normalizer, learner.pre_tokenizer = space, words
+    reserved = [_SPECIAL.get(i, f"<unused{i}>") for i in range(_FIRST_FREE)]
+    reserved += [f"<0x{byte:02X}>" for byte in range(256)]
+    learner.train_from_iterator(
+        texts, BpeTrainer(vocab_size=vocab_size - len(reserved), show_progress=False)
+    )
+    learned = json.loads(learner.to_str())["model"]
+    tokens = reserved + sorted(learned["vocab"], key=learned["vocab"].__getitem__)
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    merges = [tuple(pair) for pair in learned["merges"]]
+    tokenizer = Tokenizer(
+        models.BPE(vocabulary, merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True)
+    )
+    tokenizer.normalizer, tokenizer.pre_tokenizer = space, words
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in _SPECIAL.values()]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        mask_token="<mask>",
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    ).save_pretrained(folder)
+    return len(tokens)

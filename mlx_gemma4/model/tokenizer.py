@@ -1,0 +1,64 @@
+"""The tokenizer and processor of a checkpoint, and the tokens on which an answer ends."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import ModelError
+
+__all__ = ["END_OF_TURN", "end_tokens", "load_processor", "load_tokenizer"]
+
+END_OF_TURN = "<turn|>"
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The transformers tokenizer of a checkpoint folder, with its chat template.
+
+    Raises:
+        ModelError: no tokenizer files, or files that cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    if not (folder / "tokenizer.json").exists():
+        raise ModelError(
+            f"{folder} has no tokenizer.json",
+            wanted="tokenizer.json, tokenizer_config.json and chat_template.jinja",
+            do="copy the tokenizer files of the original checkpoint into the folder",
+        )
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"the tokenizer of {folder} cannot be read: {error}",
+            wanted="the tokenizer files of the original checkpoint",
+            do="download them again",
+        ) from None
+
+
+def load_processor(folder: Path) -> Any:
+    """mlx-vlm's processor of a checkpoint folder, for images and audio."""
+    import mlx_vlm.models.gemma4  # noqa: F401  registers the processor class
+    from mlx_vlm.utils import load_processor as load
+
+    try:
+        return load(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"the processor of {folder} cannot be read: {error}",
+            wanted="processor_config.json beside the tokenizer files",
+            do="copy the processor files of the original checkpoint into the folder",
+        ) from None
+
+
+def end_tokens(folder: Path, config: Mapping[str, Any], tokenizer: Any) -> set[int]:
+    """Ids on which generation stops: those that the checkpoint names, and the end of a turn."""
+    named: list[Any] = [config.get("eos_token_id"), tokenizer.eos_token_id]
+    path = folder / "generation_config.json"
+    if path.exists():
+        named.append(json.loads(path.read_text()).get("eos_token_id"))
+    ids = {i for entry in named for i in (entry if isinstance(entry, list) else [entry])}
+    turn = tokenizer.convert_tokens_to_ids(END_OF_TURN)
+    return (ids | {turn}) - {None, tokenizer.unk_token_id}

@@ -1,0 +1,124 @@
+"""Safetensors files of a checkpoint: which tensor lies where, and whether each file is whole.
+
+A safetensors file is an 8-byte little-endian header length, a JSON header with dtype, shape and
+data_offsets per tensor, then raw data (https://huggingface.co/docs/safetensors, "Format").
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+
+from ..errors import ModelError, listing
+
+__all__ = ["StoredTensor", "load_tensors", "read_index"]
+
+_INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies: `offset` is its first byte in `path`, `dtype` is safetensors' name."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+def read_index(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a checkpoint folder, single or sharded, from the headers alone.
+
+    Raises:
+        ModelError: no weights, a shard of the index is missing, a file is cut short, or the
+            index names a tensor that its shard does not hold.
+    """
+    index_path = folder / _INDEX
+    if index_path.exists():
+        try:
+            placed: dict[str, str] = json.loads(index_path.read_text())["weight_map"]
+        except (ValueError, KeyError) as error:
+            raise ModelError(
+                f"cannot read {index_path}: {error}",
+                wanted="JSON with a weight_map",
+                do="download the checkpoint again",
+            ) from None
+        files = sorted({folder / name for name in placed.values()})
+        missing = [path.name for path in files if not path.exists()]
+        if missing:
+            raise ModelError(
+                f"{_INDEX} names files that are not there:{listing(missing)}",
+                wanted="every shard",
+                do="download the missing files",
+            )
+    else:
+        placed = {}
+        files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        raise ModelError(
+            f"{folder} has no model*.safetensors",
+            wanted="a checkpoint's weights",
+            do="check the path, or download the weights",
+        )
+    tensors: dict[str, StoredTensor] = {}
+    for path in files:
+        tensors.update(_read_header(path))
+    lost = sorted(set(placed) - set(tensors))
+    if lost:
+        raise ModelError(
+            f"{_INDEX} names tensors that no shard holds:{listing(lost)}",
+            wanted="an index and shards of the same checkpoint",
+            do="download the checkpoint again",
+        )
+    return tensors
+
+
+def load_tensors(tensors: dict[str, StoredTensor]) -> dict[str, mx.array]:
+    """The named tensors as lazy arrays: bytes are read when an array is first used."""
+    arrays: dict[str, mx.array] = {}
+    for path in sorted({tensor.path for tensor in tensors.values()}):
+        content = mx.load(str(path))
+        assert isinstance(content, dict)
+        arrays.update((key, value) for key, value in content.items() if key in tensors)
+    return arrays
+
+
+def _read_header(path: Path) -> dict[str, StoredTensor]:
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > size:
+                raise ValueError(f"the header wants {length} bytes, the file has {size}")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        start = 8 + length
+        tensors = {
+            key: StoredTensor(
+                path,
+                entry["dtype"],
+                tuple(entry["shape"]),
+                start + entry["data_offsets"][0],
+                entry["data_offsets"][1] - entry["data_offsets"][0],
+            )
+            for key, entry in header.items()
+        }
+    except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"{path} is not a whole safetensors file: {error}",
+            wanted="a safetensors file",
+            do="download it again",
+        ) from None
+    end = max((tensor.offset + tensor.nbytes for tensor in tensors.values()), default=start)
+    if end != size:
+        raise ModelError(
+            f"{path} has {size:,} bytes and its header describes {end:,}",
+            wanted="a whole file",
+            do="download it again: it was cut short" if size < end else "download it again",
+        )
+    return tensors

@@ -1,0 +1,205 @@
+"""The training forward: one pure function over upstream's modules.
+
+It reads top to bottom like the model: embeddings, per-layer inputs, layers, final norm. Keys and
+values that later layers share are values that this function hands on, so a layer can be
+rematerialised, compiled or wrapped without losing their gradient. Upstream's own `__call__` of
+the model, layer and attention is not used; their submodules are, whatever they have been replaced
+with (LoRA, quantized).
+
+Shapes: B rows, T tokens, D model, N query heads, K key/value heads, H head dim, V vocabulary,
+L layers, P width of per-layer embeddings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..model.names import lm_head, text_model
+from ..model.plan import LayerPlan, Plan
+from .attention import attention, visibility
+from .dropout import draw_keys, set_keys
+
+__all__ = ["forward", "head"]
+
+KV = tuple[mx.array, mx.array]
+
+
+def forward(
+    backbone: nn.Module,
+    plan: Plan,
+    tokens_BT: mx.array,
+    *,
+    ple_BTLP: mx.array | None = None,
+    segments_BT: mx.array | None = None,
+    rematerialize: bool = False,
+) -> mx.array:
+    """Final hidden states (B, T, D), after the last norm.
+
+    Args:
+        tokens_BT: token ids.
+        ple_BTLP: rows of the PLE table for the tokens, unscaled; None for members without PLE.
+        segments_BT: document number of every position in packed rows; None is one document.
+        rematerialize: keep only the layers' inputs, and run each layer again in the backward
+            pass (Chen et al. 2016, arXiv:1604.06174).
+    """
+    text = text_model(backbone)
+    hidden_BTD = text.embed_tokens(tokens_BT) * plan.hidden_size**0.5
+    inputs = _per_layer_inputs(text, plan, hidden_BTD, ple_BTLP)
+    sees = {
+        layer.kind: visibility(tokens_BT.shape[1], layer.window, segments_BT)
+        for layer in plan.layers
+    }
+    run = _rematerialized if rematerialize else _plain
+    shared: dict[int, KV] = {}
+    for layer_plan, layer, input_BTP in zip(plan.layers, text.layers, inputs):
+        hidden_BTD, kv = run(
+            layer,
+            draw_keys(layer),
+            hidden_BTD,
+            input_BTP,
+            shared.get(layer_plan.kv_source),
+            plan=plan,
+            layer_plan=layer_plan,
+            sees=sees[layer_plan.kind],
+        )
+        if layer_plan.index in plan.kv_sources:
+            shared[layer_plan.index] = kv
+    return text.norm(hidden_BTD)
+
+
+def head(backbone: nn.Module, plan: Plan, hidden_BTD: mx.array) -> mx.array:
+    """Logits (..., V) in float32 of final hidden states (..., D), softcapped."""
+    if plan.tied:
+        logits = text_model(backbone).embed_tokens.as_linear(hidden_BTD)
+    else:
+        logits = lm_head(backbone)(hidden_BTD)
+    logits = logits.astype(mx.float32)
+    if plan.softcap is not None:
+        logits = mx.tanh(logits / plan.softcap) * plan.softcap
+    return logits
+
+
+def decoder_layer(
+    layer: Any,
+    hidden_BTD: mx.array,
+    input_BTP: mx.array | None,
+    shared_kv: KV | None,
+    *,
+    plan: Plan,
+    layer_plan: LayerPlan,
+    sees: mx.array | str,
+) -> tuple[mx.array, KV]:
+    """One decoder layer.
+
+    Args:
+        input_BTP: the layer's share of the per-layer inputs, or None.
+        shared_kv: keys and values of the layer's source; None if the layer has its own.
+        sees: from `visibility`.
+
+    Returns:
+        The layer's output (B, T, D), and the keys and values that it attended to.
+    """
+    mixed, kv = _attend(
+        layer.self_attn, layer_plan, plan, layer.input_layernorm(hidden_BTD), shared_kv, sees
+    )
+    hidden_BTD = hidden_BTD + layer.post_attention_layernorm(mixed)
+
+    update = _mlp(layer.mlp, layer.pre_feedforward_layernorm(hidden_BTD))
+    if plan.moe is not None:
+        update = layer.post_feedforward_layernorm_1(update) + _experts(layer, plan, hidden_BTD)
+    hidden_BTD = hidden_BTD + layer.post_feedforward_layernorm(update)
+
+    if input_BTP is not None:
+        gate = nn.gelu_approx(layer.per_layer_input_gate(hidden_BTD))
+        update = layer.per_layer_projection(gate * input_BTP)
+        hidden_BTD = hidden_BTD + layer.post_per_layer_input_norm(update)
+    return hidden_BTD * layer.layer_scalar, kv
+
+
+def _per_layer_inputs(
+    text: Any, plan: Plan, hidden_BTD: mx.array, ple_BTLP: mx.array | None
+) -> list[mx.array | None]:
+    """For each layer (B, T, P): the token's own row and a projection of its embedding, averaged."""
+    if plan.ple is None:
+        return [None] * len(plan.layers)
+    if ple_BTLP is None:
+        raise ValueError("this family member has per-layer embeddings: pass ple_BTLP")
+    context = text.per_layer_model_projection(hidden_BTD)
+    # mlx-vlm before 0.5 scales inside its projection module.
+    context = context * getattr(text, "per_layer_projection_scale", 1.0)
+    context = text.per_layer_projection_norm(
+        mx.unflatten(context, -1, (len(plan.layers), plan.ple.width))
+    )
+    inputs_BTLP = (context + ple_BTLP.astype(context.dtype) * plan.ple.width**0.5) * 2**-0.5
+    return [inputs_BTLP[:, :, i] for i in range(len(plan.layers))]
+
+
+def _attend(
+    attn: Any,
+    layer_plan: LayerPlan,
+    plan: Plan,
+    normed_BTD: mx.array,
+    shared_kv: KV | None,
+    sees: mx.array | str,
+) -> tuple[mx.array, KV]:
+    def heads(projected: mx.array, norm: Callable[[mx.array], mx.array]) -> mx.array:
+        split = mx.unflatten(projected, -1, (-1, layer_plan.head_dim))
+        return norm(split).transpose(0, 2, 1, 3)
+
+    queries_BNTH = attn.rope(heads(attn.q_proj(normed_BTD), attn.q_norm))
+    if shared_kv is None:
+        keys = attn.k_proj(normed_BTD)
+        values = keys if layer_plan.k_eq_v else attn.v_proj(normed_BTD)
+        kv = attn.rope(heads(keys, attn.k_norm)), heads(values, attn.v_norm)
+    else:
+        kv = shared_kv
+    mixed_BNTH = attention(queries_BNTH, *kv, sees)
+    return attn.o_proj(mixed_BNTH.transpose(0, 2, 1, 3).flatten(-2)), kv
+
+
+def _mlp(mlp: Any, x_BTD: mx.array) -> mx.array:
+    return mlp.down_proj(nn.gelu_approx(mlp.gate_proj(x_BTD)) * mlp.up_proj(x_BTD))
+
+
+def _experts(layer: Any, plan: Plan, hidden_BTD: mx.array) -> mx.array:
+    """The routed experts' share of a MoE layer: top-k of a softmax, renormalised, scaled."""
+    assert plan.moe is not None
+    router = layer.router
+    scores_BTE = router.proj(
+        mx.fast.rms_norm(hidden_BTD, router.scale * plan.hidden_size**-0.5, plan.rms_norm_eps)
+    )
+    chosen = mx.stop_gradient(mx.argpartition(scores_BTE, -plan.moe.top_k, axis=-1))
+    chosen = chosen[..., -plan.moe.top_k :]
+    # A softmax over all experts, renormalised over the chosen, is a softmax over the chosen.
+    weights = mx.softmax(mx.take_along_axis(scores_BTE, chosen, axis=-1), axis=-1, precise=True)
+    weights = weights * router.per_expert_scale[chosen]
+    update = layer.experts(layer.pre_feedforward_layernorm_2(hidden_BTD), chosen, weights)
+    return layer.post_feedforward_layernorm_2(update)
+
+
+def _plain(layer: Any, keys: mx.array | None, *values: Any, **facts: Any) -> tuple[mx.array, KV]:
+    set_keys(layer, keys)
+    return decoder_layer(layer, *values, **facts)
+
+
+def _rematerialized(
+    layer: Any, keys: mx.array | None, *values: Any, **facts: Any
+) -> tuple[mx.array, KV]:
+    """`decoder_layer`, of which only inputs and outputs are kept for the backward pass.
+
+    Parameters, K/V and dropout keys are explicit inputs of the checkpointed function, because
+    what it closes over gets no gradient. `facts` (plans and masks) need none.
+    """
+
+    def run(parameters: Any, keys: mx.array | None, *values: Any) -> tuple[mx.array, KV]:
+        layer.update(parameters)
+        return _plain(layer, keys, *values, **facts)
+
+    parameters = layer.trainable_parameters()
+    result = mx.checkpoint(run)(parameters, keys, *values)
+    layer.update(parameters)
+    return result

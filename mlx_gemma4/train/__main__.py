@@ -1,0 +1,138 @@
+"""Fine-tune Gemma 4.
+
+    python -m mlx_gemma4.train --model google/gemma-4-E2B-it --data my_data/
+
+Without arguments it trains a small Gemma 4 that is built on this machine, on the docstrings of
+the Python standard library: nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from ..config import (
+    DataConfig,
+    LoraConfig,
+    RunConfig,
+    TrainConfig,
+    add_flags,
+    build,
+    read_yaml,
+)
+from ..errors import ConfigError, run_command
+
+_GROUPS = {
+    RunConfig: "what is read and written",
+    DataConfig: "data",
+    TrainConfig: "training",
+    LoraConfig: "LoRA",
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    run_config, data_config, train_config, lora_config = _settings(arguments)
+
+    from ..data.dataset import read
+    from ..gemma import load
+    from . import embedded
+    from .loop import finetune
+
+    own = run_config.model is None
+    if own:
+        print(
+            "no --model given: training a small Gemma 4 made on this machine, on the docstrings "
+            "of Python's standard library\nfor a real one: python -m mlx_gemma4.train "
+            "--model google/gemma-4-E2B-it --data my_data/",
+            flush=True,
+        )
+        model, data_folder = embedded.prepare()
+        data_folder = Path(run_config.data) if run_config.data else data_folder
+    else:
+        model, data_folder = run_config.model, run_config.data
+    gemma = load(model)
+    print(gemma)
+    data = read(data_folder, gemma, data_config)
+    print(data)
+    before = gemma.generate(embedded.PROMPT, max_tokens=40) if own else None
+    lora = None
+    if train_config.fine_tune_type == "lora":
+        lora = lora_config
+    run = finetune(
+        gemma,
+        data,
+        train_config,
+        lora=lora,
+        output=run_config.output,
+        resume=run_config.resume,
+    )
+    summary = run.summary
+    if own:
+        print(f"asked:  {embedded.PROMPT}")
+        print(f"before: {before!r}")
+        print(f"after:  {gemma.generate(embedded.PROMPT, max_tokens=40)!r}")
+    if summary["val_loss"] is not None:
+        print(f"held-out loss: {summary['val_loss_before']:.3f} -> {summary['val_loss']:.3f}")
+    if summary["test_loss"] is not None:
+        print(f"test loss: {summary['test_loss']:.3f}")
+    print(
+        f"peak memory: {summary['peak_memory_gb']:.3f} GB, of which "
+        f"{summary['resident_before_gb']:.3f} GB were resident before the first step"
+    )
+    print(f"adapter: {summary['adapter']}")
+    print(
+        f"try it: python -m mlx_gemma4.generate --model {model} "
+        f'--adapter {summary["adapter"]} --prompt "..."'
+    )
+
+
+def _settings(arguments: list[str] | None) -> tuple[Any, ...]:
+    parser = argparse.ArgumentParser(
+        prog="python -m mlx_gemma4.train",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "-c", "--config", metavar="FILE", help="a YAML file of these settings; flags win over it"
+    )
+    for group, title in _GROUPS.items():
+        add_flags(parser, group, title)
+    given = vars(parser.parse_args(arguments))
+    path = given.pop("config", None)
+    from_file = read_yaml(path) if path else {}
+    build(list(_GROUPS), from_file, str(path))
+    values = {**from_file, **given}
+    if values.get("model") is None:
+        from .embedded import DEFAULTS
+
+        values = {**DEFAULTS, **values}
+        if "epochs" in {**from_file, **given}:
+            values.pop("iters", None)
+    elif values.get("data") is None:
+        raise ConfigError(
+            f"--model is {values['model']} and --data is not given",
+            wanted="a folder with train.jsonl, or a .jsonl file",
+            do="give --data",
+        )
+    run_config, *rest = build(list(_GROUPS), values, "the flags")
+    if run_config.output is None:
+        if run_config.resume:
+            raise ConfigError(
+                "--resume without --output", wanted="the folder of the run", do="give --output"
+            )
+        run_config = dataclasses.replace(run_config, output=_free_folder())
+    return run_config, *rest
+
+
+def _free_folder() -> str:
+    number = 1
+    while Path(f"runs/{number}").exists():
+        number += 1
+    return f"runs/{number}"
+
+
+if __name__ == "__main__":
+    run_command(main)

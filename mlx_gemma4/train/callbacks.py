@@ -1,0 +1,88 @@
+"""What a run tells while it goes: a line a report to a file, a bar to a terminal."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from tqdm import tqdm
+
+__all__ = ["Callback", "Console", "MetricsFile"]
+
+
+class Callback(Protocol):
+    """Anything that wants to hear of a run."""
+
+    def start(self, step: int, total: int) -> None:
+        """The run begins, or resumes, after `step` of `total` steps."""
+
+    def advance(self, step: int, loss: float) -> None:
+        """A step is done."""
+
+    def report(self, metrics: Mapping[str, Any]) -> None:
+        """A line of metrics.jsonl is known."""
+
+    def end(self) -> None:
+        """The run is over, or was stopped."""
+
+
+class Console:
+    """A progress bar on a terminal, nothing elsewhere; evaluations are printed in both."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm | None = None
+
+    def start(self, step: int, total: int) -> None:
+        self._bar = tqdm(
+            initial=step, total=total, unit="step", disable=None, dynamic_ncols=True, leave=False
+        )
+
+    def advance(self, step: int, loss: float) -> None:
+        if self._bar is not None:
+            self._bar.update()
+
+    def report(self, metrics: Mapping[str, Any]) -> None:
+        if self._bar is None:
+            return
+        if metrics["val_loss"] is not None:
+            tqdm.write(f"step {metrics['step']}: held-out loss {metrics['val_loss']:.3f}")
+            sys.stdout.flush()
+        if metrics["loss"] is not None:
+            self._bar.set_postfix_str(
+                f"loss {metrics['loss']:.3f}, {metrics['tokens_per_second']:,.0f} tokens/s, "
+                f"{metrics['peak_memory_gb']:.2f} GB"
+            )
+
+    def end(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+class MetricsFile:
+    """metrics.jsonl: a JSON object a report, written at once.
+
+    A run that resumes keeps the lines up to its step and drops those after it.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+
+    def start(self, step: int, total: int) -> None:
+        kept = []
+        if step and self._path.exists():
+            lines = self._path.read_text().splitlines(keepends=True)
+            kept = [line for line in lines if json.loads(line)["step"] <= step]
+        self._path.write_text("".join(kept))
+
+    def advance(self, step: int, loss: float) -> None:
+        pass
+
+    def report(self, metrics: Mapping[str, Any]) -> None:
+        with self._path.open("a") as file:
+            file.write(json.dumps(metrics) + "\n")
+
+    def end(self) -> None:
+        pass

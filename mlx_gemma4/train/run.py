@@ -1,0 +1,59 @@
+"""`Run`: what a fine-tuning run leaves in memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..gemma import Gemma4
+from ..nn.adapter import save_adapter
+
+__all__ = ["Run"]
+
+
+@dataclass(repr=False)
+class Run:
+    """A finished run.
+
+    Attributes:
+        gemma: the trained model.
+        history: one entry a report, as in metrics.jsonl.
+        summary: as in summary.json.
+        output: the output folder, if one was given.
+    """
+
+    gemma: Gemma4
+    history: list[dict[str, Any]] = field(default_factory=list)
+    summary: dict[str, Any] = field(default_factory=dict)
+    output: Path | None = None
+
+    def plot(self) -> Any:
+        """Training and validation loss over steps, as a matplotlib figure."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axes = figure.subplots()
+        for key, label, style in (("loss", "train", "-"), ("val_loss", "valid", "o-")):
+            points = [(m["step"], m[key]) for m in self.history if m[key] is not None]
+            if points:
+                axes.plot(*zip(*points), style, label=label)
+        axes.set_xlabel("step")
+        axes.set_ylabel("loss per target token (nats)")
+        axes.legend()
+        axes.grid(alpha=0.3)
+        return figure
+
+    def export(self, folder: str | Path) -> Path:
+        """Write the adapter in mlx-lm's layout; returns the folder."""
+        save_adapter(self.gemma.backbone, folder, self.gemma.lora, self.gemma.name)
+        return Path(folder)
+
+    def __repr__(self) -> str:
+        lines = [f"run of {self.summary['steps']} steps, {self.summary['seconds']:.0f} s"]
+        before, after = self.summary["val_loss_before"], self.summary["val_loss"]
+        if after is not None:
+            lines.append(f"  held-out loss: {before:.3f} -> {after:.3f}")
+        if self.output:
+            lines.append(f"  output:        {self.output}")
+        return "\n".join(lines)
