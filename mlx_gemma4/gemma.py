@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ import mlx.nn as nn
 
 from .config import LoraConfig
 from .data.batches import Batch
-from .errors import AdapterError, ModelError
+from .errors import AdapterError, CapabilityError, ModelError
+from .model.generation import stream_answer
 from .model.loader import LoadedBackbone, load_backbone, resolve
 from .model.names import flat, is_frozen_buffer, lm_head, text_model
 from .model.plan import Plan
@@ -154,10 +155,27 @@ class Gemma4:
             lm_head(self.backbone).unfreeze()
 
     def generate(self, prompt: str, **options: Any) -> str:
-        """Answer a prompt through the chat template; options as in `generate.generate`."""
-        from .generate import generate
+        """Answer a prompt through the chat template; options as in `stream`."""
+        return "".join(self.stream(prompt, **options))
 
-        return generate(self, prompt, **options)
+    def stream(self, prompt: str, **options: Any) -> Iterator[str]:
+        """The answer in pieces.
+
+        Args:
+            options: system, max_tokens, temperature, top_p, seed, as in
+                `model.generation.stream_answer`.
+
+        Raises:
+            CapabilityError: the model was loaded with towers.
+            ModelError: the tokenizer has no chat template.
+        """
+        if self.processor is not None:
+            raise CapabilityError(
+                "the model was loaded with towers, for training",
+                wanted="a text model: answers come from mlx-lm",
+                do="load it without towers, or use the adapter in mlx-vlm",
+            )
+        return stream_answer(self.backbone, self.tokenizer, self.end_tokens, prompt, **options)
 
     def __repr__(self) -> str:
         plan, loaded = self.plan, self.loaded

@@ -26,7 +26,7 @@ class KeyedDropout(nn.Module):
             return x
         if self._key is None:
             raise ValueError("KeyedDropout needs set_keys before each pass")
-        mask = mx.random.bernoulli(self._keep, x.shape, key=self._key)
+        mask = mx.stop_gradient(mx.random.bernoulli(self._keep, x.shape, key=self._key))
         return mask * x * (1 / self._keep)
 
 

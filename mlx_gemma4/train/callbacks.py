@@ -10,13 +10,18 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
+from ..gemma import Gemma4
+from ..model.names import flat
+from ..nn.lora import adapted_modules
+from .run import Run
+
 __all__ = ["Callback", "Console", "MetricsFile"]
 
 
 class Callback(Protocol):
     """Anything that wants to hear of a run."""
 
-    def start(self, step: int, total: int) -> None:
+    def start(self, run: Run, step: int, total: int) -> None:
         """The run begins, or resumes, after `step` of `total` steps."""
 
     def advance(self, step: int, loss: float) -> None:
@@ -30,12 +35,13 @@ class Callback(Protocol):
 
 
 class Console:
-    """A progress bar on a terminal, nothing elsewhere; evaluations are printed in both."""
+    """Says what trains, then a progress bar on a terminal; evaluations are printed anywhere."""
 
     def __init__(self) -> None:
         self._bar: tqdm | None = None
 
-    def start(self, step: int, total: int) -> None:
+    def start(self, run: Run, step: int, total: int) -> None:
+        print(_what_trains(run.gemma), flush=True)
         self._bar = tqdm(
             initial=step, total=total, unit="step", disable=None, dynamic_ncols=True, leave=False
         )
@@ -70,7 +76,7 @@ class MetricsFile:
     def __init__(self, path: Path):
         self._path = path
 
-    def start(self, step: int, total: int) -> None:
+    def start(self, run: Run, step: int, total: int) -> None:
         kept = []
         if step and self._path.exists():
             lines = self._path.read_text().splitlines(keepends=True)
@@ -86,3 +92,12 @@ class MetricsFile:
 
     def end(self) -> None:
         pass
+
+
+def _what_trains(gemma: Gemma4) -> str:
+    count = sum(value.size for value in flat(gemma.backbone.trainable_parameters()).values())
+    modules = adapted_modules(gemma.backbone)
+    if not modules:
+        return f"training {count:,} parameters: every weight of the language model"
+    kinds = ", ".join(f"{number} {path}" for path, number in modules.items())
+    return f"training {count:,} parameters: LoRA on {kinds}"

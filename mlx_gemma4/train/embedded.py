@@ -7,6 +7,7 @@ cached. Fine-tuning teaches it to answer questions in chat turns, which it has n
 from __future__ import annotations
 
 import hashlib
+import inspect
 import os
 import shutil
 import sys
@@ -14,12 +15,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
 from ..config import DataConfig, TrainConfig
+from ..data import stdlib
 from ..data.batches import Example
+from ..data.chat import encode
 from ..data.dataset import Dataset
 from ..data.formats import Row
-from ..data.stdlib import docstrings, split_of, write_chat_rows
+from ..gemma import load
+from ..model import tiny
+from .loop import finetune
 
 __all__ = ["DEFAULTS", "PROMPT", "prepare"]
 
@@ -41,9 +45,9 @@ DEFAULTS: dict[str, Any] = {
 
 _BASE = TrainConfig(
     fine_tune_type="full",
-    iters=120,
-    batch_size=8,
-    learning_rate=1e-2,
+    iters=240,
+    batch_size=4,
+    learning_rate=2e-2,
     lr_schedule="linear",
     warmup_steps=10,
 )
@@ -57,8 +61,7 @@ def prepare(cache: Path | None = None) -> tuple[Path, Path]:
         cache: by default MLX_GEMMA4_CACHE, or ~/.cache/mlx_gemma4.
     """
     root = cache or Path(os.environ.get("MLX_GEMMA4_CACHE", "~/.cache/mlx_gemma4")).expanduser()
-    made_of = repr((__version__, sys.version_info[:3], _BASE))
-    folder = root / f"tiny-{hashlib.sha256(made_of.encode()).hexdigest()[:12]}"
+    folder = root / f"tiny-{_fingerprint()}"
     if not folder.exists():
         root.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=root))
@@ -74,19 +77,20 @@ def prepare(cache: Path | None = None) -> tuple[Path, Path]:
     return folder / "model", folder / "data"
 
 
-def _build(folder: Path) -> None:
-    from ..data.chat import encode
-    from ..gemma import load
-    from ..model.tiny import build_tiny, save_weights
-    from .loop import finetune
+def _fingerprint() -> str:
+    """Changes with the text, the shapes or the training that the cached base is made of."""
+    made_of = [repr(_BASE), sys.version, inspect.getsource(tiny), inspect.getsource(stdlib)]
+    return hashlib.sha256("".join(made_of).encode()).hexdigest()[:12]
 
-    write_chat_rows(folder / "data")
+
+def _build(folder: Path) -> None:
+    stdlib.write_chat_rows(folder / "data")
     texts = [
         f"{signature}: {answer}\n"
-        for module, signature, answer in docstrings()
-        if split_of(module) == "train"
+        for module, signature, answer in stdlib.docstrings()
+        if stdlib.split_of(module) == "train"
     ]
-    build_tiny(folder / "model", texts)
+    tiny.build_tiny(folder / "model", texts)
     gemma = load(folder / "model")
     data = Dataset("the standard library's docstrings", DataConfig(max_seq_length=_BASE_LENGTH))
     for i in range(0, len(texts), 5):
@@ -96,5 +100,5 @@ def _build(folder: Path) -> None:
             Example(example.tokens[:_BASE_LENGTH], example.mask[:_BASE_LENGTH], example.origin)
         )
     print(f"building a small Gemma 4 and training it on {len(texts):,} docstrings ...", flush=True)
-    finetune(gemma, data, _BASE)
-    save_weights(gemma.backbone, gemma.plan, folder / "model")
+    finetune(gemma, data, _BASE, callbacks=[])
+    tiny.save_weights(gemma.backbone, gemma.plan, folder / "model")

@@ -71,23 +71,21 @@ def finetune(
     optimizer = optim.Adam(_learning_rate(config, total), bias_correction=True)
     optimizer.init(gemma.backbone.trainable_parameters())
     run = Run(gemma, output=Path(output) if output else None)
-    settings = {
-        key: value
-        for key, value in flatten(config, data.config, gemma.lora or LoraConfig()).items()
-        if key not in _FREE_ON_RESUME
-    } | {"model": gemma.name, "data": data.source, "examples": len(data.train)}
+    settings = flatten(config, data.config, gemma.lora or LoraConfig())
+    settings |= {"model": gemma.name, "data": data.source}
+    fixed = {key: value for key, value in settings.items() if key not in _FREE_ON_RESUME}
+    fixed["examples"] = len(data.train)
     progress = Progress(0, 0)
     listeners = list(callbacks if callbacks is not None else [Console()])
     if run.output:
-        progress = _open_output(run, gemma, optimizer, settings, resume)
+        progress = _open_output(run, gemma, optimizer, fixed, resume)
         listeners.append(MetricsFile(run.output / "metrics.jsonl"))
-        shown = flatten(config, data.config, gemma.lora or LoraConfig())
-        shown |= {"model": gemma.name, "data": data.source, "output": str(run.output)}
-        (run.output / "config.yaml").write_text(yaml.safe_dump(shown, sort_keys=True))
+        resolved = yaml.safe_dump(settings | {"output": str(run.output)})
+        (run.output / "config.yaml").write_text(resolved)
     for listener in listeners:
-        listener.start(progress.step, total)
+        listener.start(run, progress.step, total)
     try:
-        _run(run, data, config, optimizer, progress, total, settings, listeners)
+        _run(run, data, config, optimizer, progress, total, fixed, listeners)
     finally:
         for listener in listeners:
             listener.end()

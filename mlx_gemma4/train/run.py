@@ -29,11 +29,14 @@ class Run:
     output: Path | None = None
 
     def plot(self) -> Any:
-        """Training and validation loss over steps, as a matplotlib figure."""
-        from matplotlib.figure import Figure
+        """Training and validation loss over steps, as a matplotlib figure.
 
-        figure = Figure(figsize=(7, 4), layout="constrained")
-        axes = figure.subplots()
+        A notebook shows what the call returns; elsewhere `figure.savefig("loss.png")`.
+        """
+        import matplotlib.pyplot as plt
+
+        figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+        plt.close(figure)  # or a notebook would show it twice
         for key, label, style in (("loss", "train", "-"), ("val_loss", "valid", "o-")):
             points = [(m["step"], m[key]) for m in self.history if m[key] is not None]
             if points:

@@ -13,6 +13,7 @@ from mlx.utils import tree_map
 from ..data.batches import Batch
 from ..errors import TrainingError
 from ..gemma import Gemma4
+from ..model.names import flat
 from ..nn.forward import forward
 from ..nn.loss import cross_entropy_sum
 
@@ -49,7 +50,7 @@ def loss_and_grads(
     Raises:
         TrainingError: nothing is trainable.
     """
-    if not gemma.backbone.trainable_parameters():
+    if not flat(gemma.backbone.trainable_parameters()):
         raise TrainingError(
             "nothing is trainable",
             wanted="LoRA layers, or unfrozen weights",
@@ -59,7 +60,9 @@ def loss_and_grads(
     value_and_grad = nn.value_and_grad(
         gemma.backbone, lambda: loss_sum(gemma, batch, rematerialize=rematerialize)
     )
+    parameters = gemma.backbone.trainable_parameters()
     value, grads = value_and_grad()
+    gemma.backbone.update(parameters)
     return value, batch.num_targets, grads
 
 
@@ -73,12 +76,12 @@ def train_step(
     """One optimizer step over the batches of an accumulation, as if they were one.
 
     Returns:
-        (loss sum, number of targets) of all batches together; nothing is evaluated yet but the
-        gradients between batches, so that one batch's activations are alive at a time.
+        (loss sum, number of targets) of all batches together, not yet evaluated. Gradients are
+        sent off batch by batch, so that one batch's activations are alive at a time.
     """
     total, targets, grads = loss_and_grads(gemma, batches[0], rematerialize=rematerialize)
     for batch in batches[1:]:
-        mx.eval(total, targets, grads)
+        mx.async_eval(total, targets, grads)
         more, count, added = loss_and_grads(gemma, batch, rematerialize=rematerialize)
         total, targets = total + more, targets + count
         grads = tree_map(mx.add, grads, added)

@@ -38,7 +38,7 @@ _AUDIO = {
     "hidden_size": 16,
     "num_hidden_layers": 1,
     "num_attention_heads": 2,
-    "subsampling_conv_channels": [8, 4],
+    "subsampling_conv_channels": [128, 2],
     "output_proj_dims": 16,
 }
 _UNIFIED_VISION = {"patch_size": 2, "pooling_kernel_size": 2, "mm_embed_dim": 16,

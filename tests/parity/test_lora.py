@@ -29,6 +29,7 @@ def reference(request, tmp_path):
 @pytest.mark.parametrize("rematerialize", [False, True], ids=["kept", "rematerialized"])
 def test_every_adapter_gradient(reference, rematerialize):
     gemma = load(reference)
+    mx.random.seed(0)
     gemma.add_lora(g4.LoraConfig(rank=4, alpha=6.0))
     make_lora_nonzero(gemma)
     peft_model = with_the_same_lora(gemma, reference)
@@ -79,6 +80,7 @@ def test_experts_against_weights_with_the_delta_merged(tmp_path):
     """`experts` targets: the adapted model equals one whose expert weights carry the update."""
     reference = build_reference("moe", tmp_path / "model")
     gemma = load(reference)
+    mx.random.seed(0)
     gemma.add_lora(g4.LoraConfig(rank=4, alpha=6.0, targets=("experts",)))
     make_lora_nonzero(gemma)
     with torch.no_grad():

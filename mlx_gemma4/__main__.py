@@ -1,0 +1,21 @@
+"""`python -m mlx_gemma4`: the commands there are."""
+
+from __future__ import annotations
+
+from . import __version__
+
+_COMMANDS = {
+    "mlx_gemma4.train": "fine-tune Gemma 4; without arguments, a small one on real text",
+    "mlx_gemma4.generate": "answer a prompt with a model and its adapter",
+}
+
+
+def main() -> None:
+    print(f"mlx_gemma4 {__version__}: fine-tune Gemma 4 on Apple Silicon\n")
+    for command, purpose in _COMMANDS.items():
+        print(f"  python -m {command:20}  {purpose}")
+    print("\nEach explains itself with --help.")
+
+
+if __name__ == "__main__":
+    main()
