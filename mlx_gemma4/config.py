@@ -99,6 +99,9 @@ class TrainConfig(_Settings):
     grad_checkpoint: bool = _setting(
         False, "keep only layer boundaries and compute the rest again in the backward pass"
     )
+    attention: Literal["auto", "plain", "blockwise"] = _setting(
+        "auto", "form all attention scores at once, or block by block; the values are the same"
+    )
     seed: int = _setting(0, "the order of examples, LoRA's start and dropout", at_least=0)
     report_every: int = _setting(10, "steps between lines in metrics.jsonl", at_least=1)
     eval_every: int = _setting(200, "steps between evaluations on valid.jsonl", at_least=1)

@@ -12,7 +12,7 @@ from mlx.utils import tree_map
 import mlx_gemma4 as g4
 from mlx_gemma4.model.names import flat, text_model
 from mlx_gemma4.nn import forward as forward_module
-from mlx_gemma4.nn.attention import visibility
+from mlx_gemma4.nn.attention import Visibility
 from mlx_gemma4.nn.forward import forward, head
 from mlx_gemma4.train.step import loss_sum
 
@@ -187,11 +187,14 @@ def test_loss_weights_scale_each_target(gemma):
 )
 def test_visibility(window, segments, seen):
     segments = mx.array(segments) if segments else None
-    assert np.array(visibility(4, window, segments)).reshape(4, 4).astype(int).tolist() == seen
+    assert (
+        np.array(Visibility(4, window, segments).whole_mask()).reshape(4, 4).astype(int).tolist()
+        == seen
+    )
 
 
 def test_visibility_is_plain_causal_within_the_window():
-    assert visibility(4, None, None) == visibility(4, 4, None) == "causal"
+    assert Visibility(4).whole_mask() == Visibility(4, window=4).whole_mask() == "causal"
 
 
 def test_upstreams_layers_may_be_wrapped(tiny):

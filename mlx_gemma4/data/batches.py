@@ -6,7 +6,7 @@ Shapes: B rows, T tokens, L layers, P width of per-layer embeddings.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -18,6 +18,9 @@ __all__ = ["Batch", "Example", "batch_order", "collate"]
 
 _BUCKET = 32
 """Padded lengths are multiples of this, so that few shapes occur."""
+
+_ROW_BUCKET = 64
+"""So are the numbers of positions that meet the head."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,9 @@ class Batch:
         weights_BT: float32 weight of each target; 0 is no target.
         segments_BT: document number of each position in packed rows, or None.
         ple_BTLP: rows of the PLE table for the tokens, or None.
+        rows_R: flat positions that have a target, the last one repeated to fill a bucket; the
+            others never meet the head. None is all positions.
+        longest: no document of a packed row is longer; None is no bound.
     """
 
     tokens_BT: mx.array
@@ -60,6 +66,8 @@ class Batch:
     weights_BT: mx.array
     segments_BT: mx.array | None = None
     ple_BTLP: mx.array | None = None
+    rows_R: mx.array | None = None
+    longest: int | None = None
 
     @classmethod
     def from_tokens(cls, tokens_BT: Any, weights_BT: Any = None, segments_BT: Any = None) -> Batch:
@@ -114,7 +122,12 @@ def collate(examples: Sequence[Example], pad_token: int = 0) -> Batch:
     for row, example in enumerate(examples):
         tokens[row, : len(example)] = example.tokens
         weights[row, : len(example)] = example.mask
-    return Batch.from_tokens(tokens, weights)
+    return replace(Batch.from_tokens(tokens, weights), rows_R=_rows(weights[:, 1:]))
+
+
+def _rows(weights_BT: np.ndarray) -> mx.array:
+    rows = np.flatnonzero(weights_BT)
+    return mx.array(np.pad(rows, (0, -len(rows) % _ROW_BUCKET), "edge"))
 
 
 def batch_order(

@@ -130,7 +130,7 @@ def build_tiny(
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 106]}) + "\n")
     plan = Plan.from_config(config)
     backbone = build_backbone(plan)
-    _randomize(backbone, seed)
+    randomize(backbone, seed)
     save_weights(backbone, plan, folder)
     return folder
 
@@ -190,7 +190,7 @@ def _config(shape: str, vocab_size: int) -> dict[str, Any]:
     }
 
 
-def _randomize(backbone: nn.Module, seed: int) -> None:
+def randomize(backbone: nn.Module, seed: int) -> None:
     keys = iter(mx.random.split(mx.random.key(seed), 4096))
 
     def value(name: str, old: mx.array) -> mx.array:

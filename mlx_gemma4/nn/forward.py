@@ -20,8 +20,9 @@ import mlx.nn as nn
 
 from ..model.names import lm_head, text_model
 from ..model.plan import LayerPlan, Plan
-from .attention import attention, visibility
+from .attention import Visibility, attention
 from .dropout import draw_keys, set_keys
+from .rematerialize import rematerialized
 
 __all__ = ["forward", "head"]
 
@@ -35,7 +36,9 @@ def forward(
     *,
     ple_BTLP: mx.array | None = None,
     segments_BT: mx.array | None = None,
+    longest: int | None = None,
     rematerialize: bool = False,
+    method: str = "auto",
 ) -> mx.array:
     """Final hidden states (B, T, D), after the last norm.
 
@@ -43,14 +46,16 @@ def forward(
         tokens_BT: token ids.
         ple_BTLP: rows of the PLE table for the tokens, unscaled; None for members without PLE.
         segments_BT: document number of every position in packed rows; None is one document.
+        longest: no document is longer; bounds the work of attention in packed rows.
         rematerialize: keep only the layers' inputs, and run each layer again in the backward
             pass (Chen et al. 2016, arXiv:1604.06174).
+        method: how attention is computed: auto, plain or blockwise; the values are the same.
     """
     text = text_model(backbone)
     hidden_BTD = text.embed_tokens(tokens_BT) * plan.hidden_size**0.5
     inputs = _per_layer_inputs(text, plan, hidden_BTD, ple_BTLP)
     sees = {
-        layer.kind: visibility(tokens_BT.shape[1], layer.window, segments_BT)
+        layer.kind: Visibility(tokens_BT.shape[1], layer.window, segments_BT, longest)
         for layer in plan.layers
     }
     run = _rematerialized if rematerialize else _plain
@@ -65,6 +70,7 @@ def forward(
             plan=plan,
             layer_plan=layer_plan,
             sees=sees[layer_plan.kind],
+            method=method,
         )
         if layer_plan.index in plan.kv_sources:
             shared[layer_plan.index] = kv
@@ -91,20 +97,22 @@ def decoder_layer(
     *,
     plan: Plan,
     layer_plan: LayerPlan,
-    sees: mx.array | str,
+    sees: Visibility,
+    method: str,
 ) -> tuple[mx.array, KV]:
     """One decoder layer.
 
     Args:
         input_BTP: the layer's share of the per-layer inputs, or None.
         shared_kv: keys and values of the layer's source; None if the layer has its own.
-        sees: from `visibility`.
+        sees: who attends to whom.
+        method: how attention is computed.
 
     Returns:
         The layer's output (B, T, D), and the keys and values that it attended to.
     """
     mixed, kv = _attend(
-        layer.self_attn, layer_plan, plan, layer.input_layernorm(hidden_BTD), shared_kv, sees
+        layer.self_attn, layer_plan, layer.input_layernorm(hidden_BTD), shared_kv, sees, method
     )
     hidden_BTD = hidden_BTD + layer.post_attention_layernorm(mixed)
 
@@ -141,10 +149,10 @@ def _per_layer_inputs(
 def _attend(
     attn: Any,
     layer_plan: LayerPlan,
-    plan: Plan,
     normed_BTD: mx.array,
     shared_kv: KV | None,
-    sees: mx.array | str,
+    sees: Visibility,
+    method: str,
 ) -> tuple[mx.array, KV]:
     def heads(projected: mx.array, norm: Callable[[mx.array], mx.array]) -> mx.array:
         split = mx.unflatten(projected, -1, (-1, layer_plan.head_dim))
@@ -157,7 +165,7 @@ def _attend(
         kv = attn.rope(heads(keys, attn.k_norm)), heads(values, attn.v_norm)
     else:
         kv = shared_kv
-    mixed_BNTH = attention(queries_BNTH, *kv, sees)
+    mixed_BNTH = attention(queries_BNTH, *kv, sees, method)
     return attn.o_proj(mixed_BNTH.transpose(0, 2, 1, 3).flatten(-2)), kv
 
 
@@ -200,6 +208,6 @@ def _rematerialized(
         return _plain(layer, keys, *values, **facts)
 
     parameters = layer.trainable_parameters()
-    result = mx.checkpoint(run)(parameters, keys, *values)
+    result = rematerialized(run)(parameters, keys, *values)
     layer.update(parameters)
     return result

@@ -207,6 +207,7 @@ def _run(
             optimizer,
             [gemma.with_ple_rows(collate(examples)) for _, examples in picked],
             rematerialize=config.grad_checkpoint,
+            attention=config.attention,
         )
         mx.eval(step_loss, step_targets, gemma.backbone.trainable_parameters(), optimizer.state)
         loss, targets = float(step_loss), float(step_targets)

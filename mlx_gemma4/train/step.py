@@ -20,7 +20,9 @@ from ..nn.loss import cross_entropy_sum
 __all__ = ["loss_and_grads", "loss_sum", "train_step"]
 
 
-def loss_sum(gemma: Gemma4, batch: Batch, *, rematerialize: bool = False) -> mx.array:
+def loss_sum(
+    gemma: Gemma4, batch: Batch, *, rematerialize: bool = False, attention: str = "auto"
+) -> mx.array:
     """Sum of weighted cross-entropy over a batch's targets, a float32 scalar."""
     hidden = forward(
         gemma.backbone,
@@ -28,13 +30,17 @@ def loss_sum(gemma: Gemma4, batch: Batch, *, rematerialize: bool = False) -> mx.
         batch.tokens_BT,
         ple_BTLP=batch.ple_BTLP,
         segments_BT=batch.segments_BT,
+        longest=batch.longest,
         rematerialize=rematerialize,
+        method=attention,
     )
-    return cross_entropy_sum(gemma.backbone, gemma.plan, hidden, batch.targets_BT, batch.weights_BT)
+    return cross_entropy_sum(
+        gemma.backbone, gemma.plan, hidden, batch.targets_BT, batch.weights_BT, batch.rows_R
+    )
 
 
 def loss_and_grads(
-    gemma: Gemma4, batch: Batch, *, rematerialize: bool = False
+    gemma: Gemma4, batch: Batch, *, rematerialize: bool = False, attention: str = "auto"
 ) -> tuple[mx.array, mx.array, dict[str, Any]]:
     """The loss sum, the number of targets, and the gradients of the sum.
 
@@ -42,6 +48,7 @@ def loss_and_grads(
         gemma: after `add_lora` or `train_all`, which say what has gradients.
         batch: PLE rows are added if it has none.
         rematerialize: keep layer boundaries only; same values, less memory.
+        attention: auto, plain or blockwise; same values.
 
     Returns:
         (loss sum, number of targets, gradients as a tree of the backbone's trainable
@@ -58,7 +65,8 @@ def loss_and_grads(
         )
     batch = gemma.with_ple_rows(batch)
     value_and_grad = nn.value_and_grad(
-        gemma.backbone, lambda: loss_sum(gemma, batch, rematerialize=rematerialize)
+        gemma.backbone,
+        lambda: loss_sum(gemma, batch, rematerialize=rematerialize, attention=attention),
     )
     parameters = gemma.backbone.trainable_parameters()
     value, grads = value_and_grad()
@@ -72,6 +80,7 @@ def train_step(
     batches: Sequence[Batch],
     *,
     rematerialize: bool = False,
+    attention: str = "auto",
 ) -> tuple[mx.array, mx.array]:
     """One optimizer step over the batches of an accumulation, as if they were one.
 
@@ -79,10 +88,11 @@ def train_step(
         (loss sum, number of targets) of all batches together, not yet evaluated. Gradients are
         sent off batch by batch, so that one batch's activations are alive at a time.
     """
-    total, targets, grads = loss_and_grads(gemma, batches[0], rematerialize=rematerialize)
+    how: dict[str, Any] = {"rematerialize": rematerialize, "attention": attention}
+    total, targets, grads = loss_and_grads(gemma, batches[0], **how)
     for batch in batches[1:]:
         mx.async_eval(total, targets, grads)
-        more, count, added = loss_and_grads(gemma, batch, rematerialize=rematerialize)
+        more, count, added = loss_and_grads(gemma, batch, **how)
         total, targets = total + more, targets + count
         grads = tree_map(mx.add, grads, added)
     optimizer.update(gemma.backbone, tree_map(lambda grad: grad / targets, grads))
