@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -35,7 +36,7 @@ class _Settings:
         for item in dataclasses.fields(self):
             value = _coerce(getattr(self, item.name), hints[item.name], _key(item))
             lower = item.metadata["at_least"]
-            if lower is not None and value is not None and not value >= lower:
+            if lower is not None and value is not None and not lower <= value < math.inf:
                 raise ConfigError(
                     f"{_key(item)} is {value}",
                     wanted=f"{lower} or more",
@@ -143,6 +144,10 @@ class LoraConfig(_Settings):
         if not self.dropout < 1:
             raise ConfigError(
                 f"lora_dropout is {self.dropout}", wanted="below 1", do="change lora_dropout"
+            )
+        if self.num_layers == 0:
+            raise ConfigError(
+                "num_layers is 0", wanted="1 or more, or -1 for all", do="change num_layers"
             )
         if not self.targets:
             raise ConfigError(

@@ -16,7 +16,7 @@ from .errors import AdapterError, CapabilityError, ModelError
 from .model.generation import stream_answer
 from .model.loader import LoadedBackbone, load_backbone, resolve
 from .model.names import flat, is_frozen_buffer, lm_head, text_model
-from .model.plan import Plan
+from .model.plan import Plan, read_config
 from .model.tokenizer import end_tokens, load_processor, load_tokenizer
 from .nn.adapter import load_adapter
 from .nn.forward import forward, head
@@ -49,8 +49,9 @@ def load(
     3
     """
     folder = resolve(path_or_hub_id)
-    loaded = load_backbone(folder, towers=towers)
+    Plan.from_config(read_config(folder))  # what is wrong shows before gigabytes are read
     tokenizer = load_tokenizer(folder)
+    loaded = load_backbone(folder, towers=towers)
     gemma = Gemma4(
         name=str(path_or_hub_id),
         loaded=loaded,

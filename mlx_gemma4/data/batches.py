@@ -103,6 +103,12 @@ class Batch:
         segments = None
         if segments_BT is not None:
             segments_BT = mx.array(segments_BT)
+            if segments_BT.shape != tokens.shape:
+                raise DataError(
+                    f"segments of shape {segments_BT.shape} for tokens of shape {tokens.shape}",
+                    wanted="one document number per token",
+                    do="pass segments_BT of the same shape as tokens_BT",
+                )
             segments = segments_BT[:, :-1]
             weights = weights * (segments == segments_BT[:, 1:])
         return cls(tokens[:, :-1], tokens[:, 1:], weights, segments)

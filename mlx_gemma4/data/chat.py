@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import DataError
+from ..model.tokenizer import END_OF_TURN
 from .batches import Example
 from .formats import Row
 
@@ -41,6 +42,7 @@ def encode(row: Row, tokenizer: Any, train_on: str) -> Example:
             wanted="chat_template.jinja, as the instruction-tuned (-it) checkpoints have it",
             do="train an -it checkpoint, or use text rows",
         )
+    _refuse_markers(row)
     text = _render(row, tokenizer)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     tokens = np.array(encoded["input_ids"], np.int32)
@@ -50,7 +52,7 @@ def encode(row: Row, tokenizer: Any, train_on: str) -> Example:
         raise DataError(
             f"{row.origin} has {answers} assistant turns and its rendering {len(spans)}",
             wanted="one <|turn>model ... <turn|> for each",
-            do="remove turn markers from the text of the row, or use Gemma 4's own template",
+            do="use Gemma 4's own template",
         )
     mask = np.zeros(len(tokens), bool)
     if train_on == "all":
@@ -65,6 +67,18 @@ def encode(row: Row, tokenizer: Any, train_on: str) -> Example:
             do="add the answer, or remove the line",
         )
     return Example(tokens, mask, row.origin)
+
+
+def _refuse_markers(row: Row) -> None:
+    """Text that speaks the template's language would open or close turns of its own."""
+    for number, turn in enumerate(row.messages, 1):
+        found = [marker for marker in ("<|turn>", END_OF_TURN) if marker in turn["content"]]
+        if found:
+            raise DataError(
+                f"{row.origin}: the text of turn {number} holds {' and '.join(found)}",
+                wanted="text without the markers that the chat template sets",
+                do="remove turn markers from the text of the row",
+            )
 
 
 def _render(row: Row, tokenizer: Any) -> str:

@@ -31,7 +31,8 @@ class Dataset:
         config: how they became examples.
         train, valid, test: examples in the order of the files.
         shapes: how many rows of each shape were read.
-        cut: how many examples over max_seq_length were skipped or truncated.
+        skipped, truncated: how many examples over max_seq_length were; an example of which
+            truncation would leave nothing to learn is skipped.
     """
 
     source: str
@@ -40,7 +41,8 @@ class Dataset:
     valid: list[Example] = field(default_factory=list)
     test: list[Example] = field(default_factory=list)
     shapes: Counter[str] = field(default_factory=Counter)
-    cut: int = 0
+    skipped: int = 0
+    truncated: int = 0
 
     def __len__(self) -> int:
         return len(self.train)
@@ -68,9 +70,9 @@ class Dataset:
                     f"  {name + ':':6} {len(examples):,} examples, {tokens:,} tokens, "
                     f"{targets:,} targets ({targets / tokens:.0%}), longest {longest:,}"
                 )
-        if self.cut:
-            verb = "skipped" if self.config.overlong == "skip" else "truncated"
-            lines.append(f"  {self.cut:,} over {self.config.max_seq_length:,} tokens {verb}")
+        for verb in ("skipped", "truncated"):
+            if count := getattr(self, verb):
+                lines.append(f"  {count:,} over {self.config.max_seq_length:,} tokens {verb}")
         return "\n".join(lines)
 
 
@@ -100,22 +102,25 @@ def read(source: str | Path, gemma: Gemma4, config: DataConfig = DataConfig()) -
     dataset = Dataset(str(source), config)
     for split, path in find_files(source).items():
         examples: list[Example] = getattr(dataset, split)
+        skipped_before = dataset.skipped
         for row in read_rows(path):
             example = encode(row, gemma.tokenizer, config.train_on)
             _require_known(example, gemma)
             dataset.shapes[row.shape] += 1
             if len(example) > config.max_seq_length:
-                dataset.cut += config.overlong != "error"
                 fitted = _fit(example, config)
                 if fitted is None:
+                    dataset.skipped += 1
                     continue
+                dataset.truncated += 1
                 example = fitted
             examples.append(example)
         if not examples:
+            long = dataset.skipped - skipped_before
             raise DataError(
-                f"{path} holds no example" + f" ({dataset.cut} were too long)" * bool(dataset.cut),
+                f"{path} holds no example" + (f" ({long} were too long)" if long else ""),
                 wanted="at least one row",
-                do="fill the file, or raise max_seq_length" if dataset.cut else "fill the file",
+                do="fill the file, or raise max_seq_length" if long else "fill the file",
             )
     return dataset
 

@@ -95,6 +95,12 @@ def _row(line: str, origin: str) -> Row:
             wanted="one JSON object a line",
             do="mend or remove the line",
         ) from None
+    if "\\ud" in line.lower() and not _encodes(content):
+        raise DataError(
+            f"{origin} holds half of a surrogate pair",
+            wanted="text that UTF-8 can hold",
+            do="mend or remove the line",
+        )
     if isinstance(content, dict):
         if "messages" in content:
             return Row("chat", _messages(content["messages"], origin), "", origin)
@@ -120,6 +126,14 @@ def _row(line: str, origin: str) -> Row:
         wanted="messages, or prompt and completion, or text",
         do="rename the fields of the file",
     )
+
+
+def _encodes(content: Any) -> bool:
+    try:
+        json.dumps(content, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _messages(turns: Any, origin: str) -> tuple[dict[str, str], ...]:

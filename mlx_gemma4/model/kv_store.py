@@ -18,6 +18,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import CapabilityError
+from .capability import inspect_backbone
 from .names import text_model
 
 __all__ = ["TrainingKVStore", "apply_kv_store", "has_kv_store", "remove_kv_store"]
@@ -76,9 +77,10 @@ def apply_kv_store(backbone: Any) -> None:
     slots = getattr(text, "layer_idx_to_cache_idx", None)
     if not isinstance(slots, list) or len(slots) != len(text.layers):
         raise CapabilityError(
-            f"{type(text).__name__} neither threads shared K/V nor maps layers to caches",
-            wanted="a Gemma 4 text model of mlx-lm or mlx-vlm",
-            do="pip install -U mlx-lm mlx-vlm",
+            f"{type(text).__name__} does not map its layers to caches, as legacy backbones do; "
+            f"the gate says {inspect_backbone(backbone)}",
+            wanted="a legacy backbone; a native one needs no shim",
+            do="leave the shim off, or pip install -U mlx-lm mlx-vlm",
         )
     _refuse_rematerialisation(text)
     upstream = type(text)
@@ -97,8 +99,12 @@ def has_kv_store(backbone: Any) -> bool:
     return isinstance(text_model(backbone), _WithKVStore)
 
 
+_CHECKPOINTED = type(mx.checkpoint(lambda: None))
+
+
 def _refuse_rematerialisation(text: Any) -> None:
-    if any(_is_rematerialised(layer) for layer in text.layers):
+    parts = [part for layer in text.layers for part in (layer, getattr(layer, "self_attn", None))]
+    if any(_is_rematerialised(part) for part in parts):
         raise CapabilityError(
             "a layer of this legacy backbone is rematerialised (gradient checkpointing)",
             wanted="layers that run once: the KV store would lose gradient silently",
@@ -106,11 +112,11 @@ def _refuse_rematerialisation(text: Any) -> None:
         )
 
 
-def _is_rematerialised(layer: Any) -> bool:
-    """Whether calling the layer goes through mx.checkpoint."""
-    call = layer if inspect.isfunction(layer) else type(layer).__call__
+def _is_rematerialised(part: Any) -> bool:
+    """Whether calling a layer or its attention goes through mx.checkpoint."""
+    call = part if inspect.isfunction(part) else getattr(type(part), "__call__", None)  # noqa: B004
     code = getattr(call, "__code__", None)
     closed_over = [cell.cell_contents for cell in getattr(call, "__closure__", None) or ()]
     return (code is not None and "checkpoint" in code.co_names) or any(
-        type(value).__name__ == "_gc_func" for value in closed_over
+        isinstance(value, _CHECKPOINTED) for value in closed_over
     )

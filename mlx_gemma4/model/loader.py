@@ -243,6 +243,7 @@ class _Placement:
         self.ple: dict[str, StoredTensor] = {}
         prefix = text_prefix(backbone)
         head = prefix.removesuffix("model.")
+        inner_names: set[str] = set()
         for key, tensor in stored.items():
             inner = inner_name(key, plan)
             if inner is None:
@@ -250,6 +251,8 @@ class _Placement:
                 (self.unexpected if not found else self.towers if towers else self.left_out).append(
                     key
                 )
+            elif inner in inner_names:
+                self.unexpected.append(f"{key} (stored under another name too)")
             elif is_dead(inner, plan):
                 self.dead.append(key)
             elif inner.startswith(PLE_TABLE + ".") and plan.ple:
@@ -258,6 +261,7 @@ class _Placement:
                 self.text[key] = [head + inner]
             else:
                 self.text[key] = [prefix + name for name in split_experts(inner)]
+            inner_names.add(inner or key)
 
     def text_shapes(self) -> dict[str, tuple[int, ...]]:
         shapes = {}
@@ -298,7 +302,9 @@ def _take_ple_table(
             wanted="the table of per-layer embeddings that config.json announces",
             do="download the checkpoint again",
         )
-    mode = (config.get("quantization") or {}).get("mode", "affine")
+    quantization = config.get("quantization") or {}
+    own = quantization.get(text_prefix(backbone) + PLE_TABLE)
+    mode = {**quantization, **(own if isinstance(own, Mapping) else {})}.get("mode", "affine")
     rows = PerLayerRows(stored, plan, mode)
     text_model(backbone).embed_tokens_per_layer = DiskEmbedding(rows)
     return rows

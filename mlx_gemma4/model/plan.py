@@ -1,12 +1,13 @@
 """config.json -> Plan: every fact of the architecture that the rest of the code relies on.
 
-Pure Python. Nothing is read from a model's name and nothing has a default: a key that is needed
-and not there is an error with the key's name.
+Pure Python. Nothing is read from a model's name, and nothing that shapes the weights has a
+default: a key that is needed and not there is an error with the key's name.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,22 +157,28 @@ class Plan:
                 wanted="null or 'vision'",
                 do="name a Gemma 4 language model; encoders are not trained here",
             )
-        ple_width = 0 if unified else text["hidden_size_per_layer_input"]
+        ple_width = 0 if unified else text.number("hidden_size_per_layer_input", least=0)
         return cls(
             model_type=model_type,
-            hidden_size=text["hidden_size"],
-            vocab_size=text["vocab_size"],
-            num_heads=text["num_attention_heads"],
+            hidden_size=text.number("hidden_size"),
+            vocab_size=text.number("vocab_size"),
+            num_heads=text.number("num_attention_heads"),
             rms_norm_eps=text["rms_norm_eps"],
             softcap=text["final_logit_softcapping"],
             tied=text.get("tie_word_embeddings", config.get("tie_word_embeddings", True)),
-            max_positions=text["max_position_embeddings"],
+            max_positions=text.number("max_position_embeddings"),
             rope=_rope(text),
             bidirectional=bidirectional,
             layers=_layers(text),
-            ple=PlePlan(text["vocab_size_per_layer_input"], ple_width) if ple_width else None,
+            ple=(
+                PlePlan(text.number("vocab_size_per_layer_input"), ple_width) if ple_width else None
+            ),
             moe=(
-                MoePlan(text["num_experts"], text["top_k_experts"], text["moe_intermediate_size"])
+                MoePlan(
+                    text.number("num_experts"),
+                    text.number("top_k_experts"),
+                    text.number("moe_intermediate_size"),
+                )
                 if text.get("enable_moe_block")
                 else None
             ),
@@ -182,14 +189,35 @@ class Plan:
 class _Keys:
     """config.json's keys; one that is needed and absent raises with its full name."""
 
-    def __init__(self, values: Mapping[str, Any], prefix: str):
-        self.values, self.prefix = values, prefix
+    def __init__(self, values: Any, prefix: str):
+        self.values, self.prefix = _mapping(values, prefix.removesuffix(".")), prefix
 
     def __getitem__(self, key: str) -> Any:
         return _need(self.values, key, self.prefix)
 
     def get(self, key: str, default: Any = None) -> Any:
         return self.values.get(key, default)
+
+    def number(self, key: str, least: int = 1, most: float = math.inf) -> int:
+        value = self[key]
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+            raise ModelError(
+                f"config.json has {self.prefix + key} {value!r}",
+                wanted=f"a whole number of {least} or more"
+                + (f", at most {most}" if most < math.inf else ""),
+                do="take config.json from the original checkpoint",
+            )
+        return value
+
+
+def _mapping(values: Any, name: str) -> Mapping[str, Any]:
+    if not isinstance(values, Mapping):
+        raise ModelError(
+            f"config.json has {name} {values!r}",
+            wanted="a JSON object",
+            do="take config.json from the original checkpoint",
+        )
+    return values
 
 
 def _need(values: Mapping[str, Any], key: str, prefix: str) -> Any:
@@ -203,9 +231,10 @@ def _need(values: Mapping[str, Any], key: str, prefix: str) -> Any:
 
 
 def _rope(text: _Keys) -> Mapping[str, Mapping[str, Any]]:
-    rope = text["rope_parameters"]
+    rope = _mapping(text["rope_parameters"], text.prefix + "rope_parameters")
     for kind in set(text["layer_types"]):
         parameters = _need(rope, kind, text.prefix + "rope_parameters.")
+        _mapping(parameters, f"{text.prefix}rope_parameters.{kind}")
         where = f"{text.prefix}rope_parameters.{kind}."
         _need(parameters, "rope_theta", where)
         if _need(parameters, "rope_type", where) == "proportional":
@@ -214,7 +243,8 @@ def _rope(text: _Keys) -> Mapping[str, Mapping[str, Any]]:
 
 
 def _layers(text: _Keys) -> tuple[LayerPlan, ...]:
-    kinds, count = text["layer_types"], text["num_hidden_layers"]
+    kinds, count = text["layer_types"], text.number("num_hidden_layers")
+    kinds = kinds if isinstance(kinds, list) else [kinds]
     if len(kinds) != count or not set(kinds) <= {SLIDING, FULL}:
         raise ModelError(
             f"config.json has {count} layers and {len(kinds)} layer_types: {sorted(set(kinds))}",
@@ -222,7 +252,7 @@ def _layers(text: _Keys) -> tuple[LayerPlan, ...]:
             do="take config.json from the original checkpoint",
         )
     shapes = {kind: _attention_shape(text, kind) for kind in set(kinds)}
-    num_shared = text["num_kv_shared_layers"]
+    num_shared = text.number("num_kv_shared_layers", least=0, most=count - 1)
     sources = _kv_sources(kinds, num_shared)
     widen = 2 if num_shared and text["use_double_wide_mlp"] else 1
     return tuple(
@@ -232,9 +262,9 @@ def _layers(text: _Keys) -> tuple[LayerPlan, ...]:
             head_dim=shapes[kind][0],
             num_kv_heads=shapes[kind][1],
             k_eq_v=bool(text["attention_k_eq_v"]) and kind == FULL,
-            window=text["sliding_window"] if kind == SLIDING else None,
+            window=text.number("sliding_window") if kind == SLIDING else None,
             kv_source=sources[i],
-            mlp_width=text["intermediate_size"] * (widen if sources[i] != i else 1),
+            mlp_width=text.number("intermediate_size") * (widen if sources[i] != i else 1),
         )
         for i, kind in enumerate(kinds)
     )
@@ -247,10 +277,10 @@ def _attention_shape(text: _Keys, kind: str) -> tuple[int, int]:
     `num_global_key_value_heads` (which counts only with attention_k_eq_v); transformers' style
     overrides them per layer in `per_layer_config`, whose keys are layer numbers as text.
     """
-    head_dim, num_kv_heads = text["head_dim"], text["num_key_value_heads"]
+    head_dim, num_kv_heads = text.number("head_dim"), text.number("num_key_value_heads")
     overrides = text.get("per_layer_config")
     if overrides is not None:
-        by_layer = {int(index): layer for index, layer in overrides.items()}
+        by_layer = _by_layer(overrides, text)
         shapes = {
             (
                 by_layer.get(i, {}).get("head_dim", head_dim),
@@ -273,6 +303,22 @@ def _attention_shape(text: _Keys, kind: str) -> tuple[int, int]:
     return head_dim, num_kv_heads
 
 
+def _by_layer(overrides: Any, text: _Keys) -> dict[int, Mapping[str, Any]]:
+    name = text.prefix + "per_layer_config"
+    count = len(text["layer_types"])
+    try:
+        by_layer = {int(index): layer for index, layer in _mapping(overrides, name).items()}
+    except ValueError:
+        by_layer = {-1: {}}
+    if not all(0 <= index < count for index in by_layer):
+        raise ModelError(
+            f"config.json has {name} for the layers {', '.join(map(str, overrides))}",
+            wanted=f"layer numbers from 0 to {count - 1}",
+            do="take config.json from the original checkpoint",
+        )
+    return by_layer
+
+
 def _kv_sources(kinds: list[str], num_shared: int) -> list[int]:
     """For every layer the layer whose keys and values it uses: its own, or a source's.
 
@@ -281,12 +327,6 @@ def _kv_sources(kinds: list[str], num_shared: int) -> list[int]:
     name). Both are worked out here and must agree.
     """
     first_shared = len(kinds) - num_shared
-    if not 0 <= num_shared < len(kinds):
-        raise ModelError(
-            f"config.json has num_kv_shared_layers {num_shared} of {len(kinds)} layers",
-            wanted="at least one layer with keys and values of its own",
-            do="take config.json from the original checkpoint",
-        )
     stored_by_type: dict[str, int] = {}
     for i in range(first_shared):
         stored_by_type[kinds[i]] = i

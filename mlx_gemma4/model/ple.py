@@ -19,6 +19,7 @@ import numpy as np
 
 from ..errors import ModelError
 from .plan import Plan
+from .quantize import packed_as
 from .weights import StoredTensor
 
 __all__ = ["DiskEmbedding", "PerLayerRows"]
@@ -50,18 +51,22 @@ class PerLayerRows:
         self._layers, self._width, self._mode = len(plan.layers), plan.ple.width, mode
         self._maps = {name: _memory_map(tensor) for name, tensor in stored.items()}
         self.nbytes = sum(tensor.nbytes for tensor in stored.values())
-        self.num_rows, columns = stored["weight"].shape
-        width = self._layers * self._width
+        self.num_rows, columns = plan.ple.vocab_size, self._layers * self._width
+        wanted = {"weight": (self.num_rows, columns)}
         if "scales" in stored:
-            self._bits = columns * 32 // width
-            self._group_size = width // stored["scales"].shape[1]
-            columns = columns * 32 // self._bits
-        if (self.num_rows, columns) != (plan.ple.vocab_size, width):
-            raise ModelError(
-                f"the PLE table has shape {(self.num_rows, columns)}",
-                wanted=f"{(plan.ple.vocab_size, width)} by config.json",
-                do="take weights and config.json from the same checkpoint",
-            )
+            self._bits, self._group_size = packed_as(
+                columns, stored["weight"].shape[-1], stored["scales"].shape[-1]
+            ) or (4, columns)
+            groups = (self.num_rows, columns // self._group_size)
+            wanted = {"weight": (self.num_rows, columns * self._bits // 32)}
+            wanted |= dict.fromkeys(stored.keys() - {"weight"}, groups)
+        for name, tensor in stored.items():
+            if tensor.shape != wanted.get(name):
+                raise ModelError(
+                    f"the PLE table has shape {tensor.shape} ({name})",
+                    wanted=f"{wanted.get(name)} by config.json",
+                    do="take weights and config.json from the same checkpoint",
+                )
 
     def __call__(self, tokens_BT: mx.array | np.ndarray) -> mx.array:
         """Rows of shape (B, T, L, P), unscaled, in the table's dtype (or its scales').
@@ -70,13 +75,15 @@ class PerLayerRows:
             ModelError: called on values that are not known yet, inside mx.compile.
         """
         try:
-            tokens = np.asarray(tokens_BT)
+            if isinstance(tokens_BT, mx.array):
+                mx.eval(tokens_BT)
         except (ValueError, RuntimeError):
             raise ModelError(
                 "PLE rows were asked for inside mx.compile",
                 wanted="a batch that carries its rows",
                 do="call gemma.with_ple_rows(batch) before the compiled function",
             ) from None
+        tokens = np.asarray(tokens_BT)
         unique, inverse = np.unique(tokens, return_inverse=True)
         if unique.size and not 0 <= unique[0] <= unique[-1] < self.num_rows:
             raise ModelError(

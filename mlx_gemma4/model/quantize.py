@@ -9,7 +9,9 @@ import mlx.nn as nn
 
 from ..errors import ModelError
 
-__all__ = ["quantize_as_stored", "stored_quantization"]
+__all__ = ["packed_as", "quantize_as_stored", "stored_quantization"]
+
+_BITS, _GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
 
 
 def stored_quantization(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -38,6 +40,16 @@ def stored_quantization(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return quantization
 
 
+def packed_as(columns: int, packed_columns: int, groups: int) -> tuple[int, int] | None:
+    """(bits, group size) of a weight of `columns` that is stored as `packed_columns` of uint32.
+
+    None where no quantization of MLX has these shapes.
+    """
+    bits, group_size = packed_columns * 32 // columns, columns // max(groups, 1)
+    whole = bits * columns == packed_columns * 32 and group_size * groups == columns
+    return (bits, group_size) if whole and bits in _BITS and group_size in _GROUPS else None
+
+
 def quantize_as_stored(
     backbone: nn.Module, quantization: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
@@ -57,9 +69,11 @@ def quantize_as_stored(
         own = quantization.get(path)
         if isinstance(own, Mapping):
             return {"mode": mode, **own}
-        columns = module.weight.shape[-1]
-        bits = shapes[f"{path}.weight"][-1] * 32 // columns
-        return {"bits": bits, "group_size": columns // shapes[f"{path}.scales"][-1], "mode": mode}
+        packed = packed_as(
+            module.weight.shape[-1], shapes[f"{path}.weight"][-1], shapes[f"{path}.scales"][-1]
+        )
+        # Shapes that make no sense are reported as misshapen once the module is there.
+        return {"bits": packed[0], "group_size": packed[1], "mode": mode} if packed else True
 
     nn.quantize(
         backbone,

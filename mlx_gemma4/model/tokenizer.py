@@ -58,7 +58,14 @@ def end_tokens(folder: Path, config: Mapping[str, Any], tokenizer: Any) -> set[i
     named: list[Any] = [config.get("eos_token_id"), tokenizer.eos_token_id]
     path = folder / "generation_config.json"
     if path.exists():
-        named.append(json.loads(path.read_text()).get("eos_token_id"))
+        try:
+            named.append(json.loads(path.read_text()).get("eos_token_id"))
+        except (ValueError, AttributeError) as error:
+            raise ModelError(
+                f"{path} cannot be read: {error}",
+                wanted="a JSON object",
+                do="download the file again, or remove it",
+            ) from None
     ids = {i for entry in named for i in (entry if isinstance(entry, list) else [entry])}
     turn = tokenizer.convert_tokens_to_ids(END_OF_TURN)
     return (ids | {turn}) - {None, tokenizer.unk_token_id}

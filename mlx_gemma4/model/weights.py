@@ -39,16 +39,17 @@ def read_index(folder: Path) -> dict[str, StoredTensor]:
             index names a tensor that its shard does not hold.
     """
     index_path = folder / _INDEX
+    placed: dict[str, str] = {}
     if index_path.exists():
         try:
-            placed: dict[str, str] = json.loads(index_path.read_text())["weight_map"]
-        except (ValueError, KeyError) as error:
+            placed = json.loads(index_path.read_text())["weight_map"]
+            files = sorted({folder / name for name in placed.values()})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(
                 f"cannot read {index_path}: {error}",
                 wanted="JSON with a weight_map",
                 do="download the checkpoint again",
             ) from None
-        files = sorted({folder / name for name in placed.values()})
         missing = [path.name for path in files if not path.exists()]
         if missing:
             raise ModelError(
@@ -57,7 +58,6 @@ def read_index(folder: Path) -> dict[str, StoredTensor]:
                 do="download the missing files",
             )
     else:
-        placed = {}
         files = sorted(folder.glob("model*.safetensors"))
     if not files:
         raise ModelError(
@@ -67,7 +67,14 @@ def read_index(folder: Path) -> dict[str, StoredTensor]:
         )
     tensors: dict[str, StoredTensor] = {}
     for path in files:
-        tensors.update(_read_header(path))
+        found = _read_header(path)
+        if twice := sorted(set(found) & set(tensors)):
+            raise ModelError(
+                f"{path} holds tensors that another file holds too:{listing(twice)}",
+                wanted="each tensor once",
+                do="remove the files of another checkpoint from the folder",
+            )
+        tensors.update(found)
     lost = sorted(set(placed) - set(tensors))
     if lost:
         raise ModelError(
@@ -82,7 +89,14 @@ def load_tensors(tensors: dict[str, StoredTensor]) -> dict[str, mx.array]:
     """The named tensors as lazy arrays: bytes are read when an array is first used."""
     arrays: dict[str, mx.array] = {}
     for path in sorted({tensor.path for tensor in tensors.values()}):
-        content = mx.load(str(path))
+        try:
+            content = mx.load(str(path))
+        except RuntimeError as error:
+            raise ModelError(
+                f"MLX cannot read {path}: {error}",
+                wanted="safetensors of float32, float16, bfloat16 or MLX's packed integers",
+                do="convert the checkpoint",
+            ) from None
         assert isinstance(content, dict)
         arrays.update((key, value) for key, value in content.items() if key in tensors)
     return arrays

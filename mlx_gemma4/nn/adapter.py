@@ -13,7 +13,7 @@ import mlx.nn as nn
 
 from ..config import LoraConfig
 from ..errors import AdapterError, listing
-from ..model.names import flat, text_model, text_prefix
+from ..model.names import flat, is_frozen_buffer, text_model, text_prefix
 from .lora import attach_lora, resolve_targets
 
 __all__ = ["load_adapter", "save_adapter"]
@@ -93,8 +93,7 @@ def load_adapter(backbone: nn.Module, folder: str | Path) -> LoraConfig | None:
             if name.endswith((".lora_a", ".lora_b"))
         }
     elif config["fine_tune_type"] == "full":
-        parameters = flat(backbone.parameters())
-        wanted = {name: parameters[name].shape for name in weights if name in parameters}
+        wanted = _wanted_of_full(backbone, config, weights)
     else:
         raise AdapterError(
             f"{folder} holds a {config['fine_tune_type']} adapter",
@@ -137,6 +136,8 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
             )
     try:
         config = json.loads((folder / _CONFIG).read_text())
+        if not isinstance(config, dict):
+            raise ValueError(f"{_CONFIG} is no JSON object")
         weights = mx.load(str(folder / _WEIGHTS))
         assert isinstance(weights, dict)
         mx.eval(weights)
@@ -145,6 +146,26 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
             f"{folder} cannot be read: {error}", wanted="whole files", do="copy the adapter again"
         ) from None
     return config, weights
+
+
+def _wanted_of_full(
+    backbone: nn.Module, config: Mapping[str, Any], weights: Mapping[str, Any]
+) -> dict[str, tuple[int, ...]]:
+    """What fully fine-tuned weights must hold: the last num_layers layers, whole.
+
+    Of the parts around the layers all or none, since mlx-lm trains none and we train all.
+    """
+    prefix, count = text_prefix(backbone), len(text_model(backbone).layers)
+    first = count - int(config.get("num_layers", count))
+    layers = tuple(f"{prefix}layers.{i}." for i in range(max(0, first), count))
+    around = any(not name.startswith(prefix + "layers.") for name in weights)
+    return {
+        name: value.shape
+        for name, value in flat(backbone.parameters()).items()
+        if name in weights
+        or (name.startswith(layers) and not is_frozen_buffer(name))
+        or (around and name.startswith(prefix) and not name.startswith(prefix + "layers."))
+    }
 
 
 def _attach_as_saved(

@@ -32,18 +32,17 @@ def resolve_targets(backbone: nn.Module, config: LoraConfig) -> list[tuple[int, 
     Raises:
         AdapterError: a target that no layer has.
     """
-    layers = list(enumerate(text_model(backbone).layers))
+    layers = text_model(backbone).layers
     if config.num_layers > len(layers):
         raise AdapterError(
             f"num_layers is {config.num_layers}",
             wanted=f"at most the model's {len(layers)} layers, or -1 for all",
             do="change num_layers",
         )
-    if config.num_layers >= 0:
-        layers = layers[len(layers) - config.num_layers :]
+    first = max(0, len(layers) - config.num_layers) if config.num_layers >= 0 else 0
     adaptable = {
         index: [path for path, module in layer.named_modules() if _is_linear(module)]
-        for index, layer in layers
+        for index, layer in enumerate(layers)
     }
     known = sorted({path for paths in adaptable.values() for path in paths})
     wanted: list[str] = []
@@ -51,16 +50,31 @@ def resolve_targets(backbone: nn.Module, config: LoraConfig) -> list[tuple[int, 
         paths = _EXPERTS if target == "experts" else (_SHORT.get(target, target),)
         if not set(paths) & set(known):
             raise AdapterError(
-                f"LoRA target {target!r} matches no module of these layers",
+                f"LoRA target {target!r} matches no module of the layers",
                 wanted="one of " + ", ".join(known),
                 do="change lora_targets",
             )
         wanted.extend(paths)
-    return [(i, path) for i, paths in adaptable.items() for path in paths if path in wanted]
+    modules = [
+        (index, path)
+        for index, paths in adaptable.items()
+        for path in paths
+        if index >= first and path in wanted
+    ]
+    if not modules:
+        raise AdapterError(
+            f"no layer from {first} on has {', '.join(wanted)}",
+            wanted="a module to adapt",
+            do="raise num_layers, or change lora_targets",
+        )
+    return modules
 
 
 def attach_lora(backbone: nn.Module, modules: list[tuple[int, str]], config: LoraConfig) -> None:
-    """Wrap modules of a frozen backbone in mlx-lm's LoRA layers, which are then what trains."""
+    """Wrap modules of a frozen backbone in mlx-lm's LoRA layers, which are then what trains.
+
+    Dropout is off until `backbone.train()`.
+    """
     from mlx_lm.tuner.lora import LoRALinear, LoRASwitchLinear
 
     layers = text_model(backbone).layers
@@ -74,6 +88,7 @@ def attach_lora(backbone: nn.Module, modules: list[tuple[int, str]], config: Lor
                     lora.dropout = KeyedDropout(config.dropout)
                 wrapped.append((path, lora))
         layers[index].update_modules(tree_unflatten(wrapped))
+    backbone.eval()
 
 
 def adapted_modules(backbone: nn.Module) -> Counter[str]:

@@ -108,9 +108,8 @@ def _settings(arguments: list[str] | None) -> tuple[Any, ...]:
     if values.get("model") is None:
         from .embedded import DEFAULTS
 
-        values = {**DEFAULTS, **values}
-        if "epochs" in {**from_file, **given}:
-            values.pop("iters", None)
+        replaced = {"iters"} if "epochs" in values else set()
+        values = {k: v for k, v in DEFAULTS.items() if k not in replaced} | values
     elif values.get("data") is None:
         raise ConfigError(
             f"--model is {values['model']} and --data is not given",

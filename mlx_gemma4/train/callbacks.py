@@ -77,11 +77,8 @@ class MetricsFile:
         self._path = path
 
     def start(self, run: Run, step: int, total: int) -> None:
-        kept = []
-        if step and self._path.exists():
-            lines = self._path.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if json.loads(line)["step"] <= step]
-        self._path.write_text("".join(kept))
+        kept = run.history if step else []
+        self._path.write_text("".join(json.dumps(metrics) + "\n" for metrics in kept))
 
     def advance(self, step: int, loss: float) -> None:
         pass

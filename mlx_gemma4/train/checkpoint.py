@@ -82,17 +82,18 @@ def restore_checkpoint(
     """
     try:
         state = json.loads((checkpoint / "state.json").read_text())
+        saved = state["settings"]
+        progress = Progress(int(state["step"]), int(state["next_batch"]))
         weights = mx.load(str(checkpoint / "adapters.safetensors"))
         moments = mx.load(str(checkpoint / "optimizer.safetensors"))
         assert isinstance(weights, dict) and isinstance(moments, dict)
         mx.eval(weights, moments)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise TrainingError(
-            f"{checkpoint} cannot be read: {error}",
+            f"{checkpoint} cannot be read: {error!r}",
             wanted="a whole checkpoint",
             do="remove that folder, to resume from the one before it",
         ) from None
-    saved = state["settings"]
     changed = [
         f"{key}: {saved.get(key)!r} then, {settings.get(key)!r} now"
         for key in sorted({*saved, *settings})
@@ -104,14 +105,8 @@ def restore_checkpoint(
             wanted="the settings that the run began with",
             do="give those, or start a new run in another output folder",
         )
-    trainable = flat(gemma.backbone.trainable_parameters())
-    wrong = sorted(
-        name
-        for name in {*trainable, *weights}
-        if name not in weights
-        or name not in trainable
-        or weights[name].shape != trainable[name].shape
-    )
+    wrong = _differ(weights, flat(gemma.backbone.trainable_parameters()))
+    wrong += _differ(moments, flat(optimizer.state))
     if wrong:
         raise TrainingError(
             f"{len(wrong)} tensors of {checkpoint} do not fit this model:{listing(wrong)}",
@@ -120,4 +115,13 @@ def restore_checkpoint(
         )
     gemma.backbone.load_weights(list(weights.items()), strict=False)
     optimizer.state = tree_unflatten(list(moments.items()))
-    return Progress(state["step"], state["next_batch"])
+    return progress
+
+
+def _differ(found: Mapping[str, mx.array], wanted: Mapping[str, mx.array]) -> list[str]:
+    """Names that only one has, or with another shape."""
+    return sorted(
+        name
+        for name in {*found, *wanted}
+        if name not in found or name not in wanted or found[name].shape != wanted[name].shape
+    )

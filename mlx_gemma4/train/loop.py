@@ -30,7 +30,10 @@ from .step import loss_sum, train_step
 __all__ = ["evaluate", "finetune"]
 
 # Settings that a resumed run may change without becoming another run.
-_FREE_ON_RESUME = {"iters", "epochs", "report_every", "eval_every", "val_batches", "save_every"}
+_FREE_ON_RESUME = {
+    *("iters", "epochs", "learning_rate", "grad_checkpoint"),
+    *("report_every", "eval_every", "val_batches", "save_every"),
+}
 
 
 def finetune(
@@ -66,6 +69,7 @@ def finetune(
         raise DataError(
             "there are no training examples", wanted="at least one", do="read another file"
         )
+    checkpoint = _claim(Path(output), resume) if output else None
     _prepare(gemma, config, lora)
     total = _total_steps(len(data.train), config)
     optimizer = optim.Adam(_learning_rate(config, total), bias_correction=True)
@@ -78,7 +82,9 @@ def finetune(
     progress = Progress(0, 0)
     listeners = list(callbacks if callbacks is not None else [Console()])
     if run.output:
-        progress = _open_output(run, gemma, optimizer, fixed, resume)
+        if checkpoint:
+            progress = restore_checkpoint(checkpoint, gemma, optimizer, fixed)
+            run.history = _read_metrics(run.output / "metrics.jsonl", progress.step)
         listeners.append(MetricsFile(run.output / "metrics.jsonl"))
         resolved = yaml.safe_dump(settings | {"output": str(run.output)})
         (run.output / "config.yaml").write_text(resolved)
@@ -145,34 +151,42 @@ def _learning_rate(config: TrainConfig, total: int) -> Any:
     return schedule
 
 
-def _open_output(
-    run: Run, gemma: Gemma4, optimizer: optim.Optimizer, settings: Mapping[str, Any], resume: bool
-) -> Progress:
-    """Make the output folder, or take up the run that it holds."""
-    assert run.output is not None
-    checkpoints = run.output / "checkpoints"
+def _claim(output: Path, resume: bool) -> Path | None:
+    """Make the output folder, or find the checkpoint of the run that it holds."""
+    checkpoints = output / "checkpoints"
     newest = newest_checkpoint(checkpoints)
     if resume and newest is None:
         raise TrainingError(
-            f"{run.output} has no checkpoint to resume from",
+            f"{output} has no checkpoint to resume from",
             wanted="the output folder of an earlier run",
             do="check the output folder, or start without resume",
         )
-    if resume:
-        assert newest is not None
-        progress = restore_checkpoint(newest, gemma, optimizer, settings)
-        metrics = run.output / "metrics.jsonl"
-        lines = map(json.loads, metrics.read_text().splitlines() if metrics.exists() else [])
-        run.history = [line for line in lines if line["step"] <= progress.step]
-        return progress
-    if newest is not None or (run.output / "metrics.jsonl").exists():
+    if not resume and (newest is not None or (output / "metrics.jsonl").exists()):
         raise TrainingError(
-            f"{run.output} holds a run",
+            f"{output} holds a run",
             wanted="a new output folder, so that nothing is lost",
             do="name another output folder, or resume",
         )
-    checkpoints.mkdir(parents=True, exist_ok=True)
-    return Progress(0, 0)
+    try:
+        checkpoints.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TrainingError(
+            f"cannot make the folder {output}: {error}",
+            wanted="a folder to write to",
+            do="name another output folder",
+        ) from None
+    return newest
+
+
+def _read_metrics(path: Path, last_step: int) -> list[dict[str, Any]]:
+    """The reports up to a step; a line that was cut short when the run was stopped is left out."""
+    reports = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            reports.append(json.loads(line))
+        except ValueError:
+            continue
+    return [report for report in reports if report["step"] <= last_step]
 
 
 def _run(
