@@ -60,7 +60,7 @@ def load(
         end_tokens=frozenset(end_tokens(folder, loaded.config, tokenizer)),
     )
     if adapter is not None:
-        gemma.lora = load_adapter(gemma.backbone, adapter)
+        gemma.lora = load_adapter(gemma.backbone, gemma.plan, adapter)
     return gemma
 
 

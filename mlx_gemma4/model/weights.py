@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from ..errors import ModelError, listing
 
-__all__ = ["StoredTensor", "load_tensors", "read_index"]
+__all__ = ["StoredTensor", "load_file", "load_tensors", "read_index"]
 
 _INDEX = "model.safetensors.index.json"
 
@@ -89,22 +89,33 @@ def load_tensors(tensors: dict[str, StoredTensor]) -> dict[str, mx.array]:
     """The named tensors as lazy arrays: bytes are read when an array is first used."""
     arrays: dict[str, mx.array] = {}
     for path in sorted({tensor.path for tensor in tensors.values()}):
-        try:
-            content = mx.load(str(path))
-        except RuntimeError as error:
-            raise ModelError(
-                f"MLX cannot read {path}: {error}",
-                wanted="safetensors of float32, float16, bfloat16 or MLX's packed integers",
-                do="convert the checkpoint",
-            ) from None
-        assert isinstance(content, dict)
+        content = load_file(path)
         arrays.update((key, value) for key, value in content.items() if key in tensors)
     return arrays
 
 
-def _read_header(path: Path) -> dict[str, StoredTensor]:
-    size = path.stat().st_size
+def load_file(path: Path) -> dict[str, mx.array]:
+    """Every tensor of one file as lazy arrays.
+
+    Raises:
+        ModelError: the file is not there, cut short, or of a dtype that MLX has not.
+    """
+    _read_header(path)
     try:
+        content = mx.load(str(path))
+    except RuntimeError as error:
+        raise ModelError(
+            f"MLX cannot read {path}: {error}",
+            wanted="safetensors of dtypes that MLX has",
+            do="convert the file",
+        ) from None
+    assert isinstance(content, dict)
+    return content
+
+
+def _read_header(path: Path) -> dict[str, StoredTensor]:
+    try:
+        size = path.stat().st_size
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > size:

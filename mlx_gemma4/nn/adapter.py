@@ -12,8 +12,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..config import LoraConfig
-from ..errors import AdapterError, listing
-from ..model.names import flat, is_frozen_buffer, text_model, text_prefix
+from ..errors import AdapterError, ModelError, listing
+from ..model.names import flat, is_dead, is_frozen_buffer, text_model, text_prefix
+from ..model.plan import Plan
+from ..model.weights import load_file
 from .lora import attach_lora, resolve_targets
 
 __all__ = ["load_adapter", "save_adapter"]
@@ -72,8 +74,11 @@ def save_adapter(
     os.replace(folder / ".partial.json", folder / _CONFIG)
 
 
-def load_adapter(backbone: nn.Module, folder: str | Path) -> LoraConfig | None:
+def load_adapter(backbone: nn.Module, plan: Plan, folder: str | Path) -> LoraConfig | None:
     """Put a saved adapter on a freshly loaded backbone, every tensor or an error.
+
+    Only LoRA on K/V projections of layers that share keys and values is passed over: libraries
+    that build those dead modules adapt them too, without effect.
 
     Returns:
         The adapter's LoRA settings; None for fully fine-tuned weights.
@@ -84,6 +89,8 @@ def load_adapter(backbone: nn.Module, folder: str | Path) -> LoraConfig | None:
     """
     folder = Path(folder).expanduser()
     config, weights = _read(folder)
+    prefix = text_prefix(backbone)
+    weights = {k: v for k, v in weights.items() if not is_dead(k.removeprefix(prefix), plan)}
     lora: LoraConfig | None = None
     if config.get("fine_tune_type", "lora") == "lora":
         lora = _attach_as_saved(backbone, config, weights, folder)
@@ -138,10 +145,8 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
         config = json.loads((folder / _CONFIG).read_text())
         if not isinstance(config, dict):
             raise ValueError(f"{_CONFIG} is no JSON object")
-        weights = mx.load(str(folder / _WEIGHTS))
-        assert isinstance(weights, dict)
-        mx.eval(weights)
-    except (ValueError, RuntimeError) as error:
+        weights = load_file(folder / _WEIGHTS)
+    except (ValueError, ModelError) as error:
         raise AdapterError(
             f"{folder} cannot be read: {error}", wanted="whole files", do="copy the adapter again"
         ) from None

@@ -22,9 +22,10 @@ import mlx.core as mx
 import mlx.optimizers as optim
 from mlx.utils import tree_unflatten
 
-from ..errors import TrainingError, listing
+from ..errors import ModelError, TrainingError, listing
 from ..gemma import Gemma4
 from ..model.names import flat
+from ..model.weights import load_file
 from ..nn.adapter import save_adapter
 
 __all__ = ["Progress", "newest_checkpoint", "restore_checkpoint", "save_checkpoint"]
@@ -65,7 +66,8 @@ def save_checkpoint(
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """The checkpoint of the highest step, if there is any."""
-    return max(folder.glob("step-*"), default=None)
+    found = [path for path in folder.glob("step-*") if path.name[5:].isdigit()]
+    return max(found, key=lambda path: int(path.name[5:]), default=None)
 
 
 def restore_checkpoint(
@@ -84,11 +86,9 @@ def restore_checkpoint(
         state = json.loads((checkpoint / "state.json").read_text())
         saved = state["settings"]
         progress = Progress(int(state["step"]), int(state["next_batch"]))
-        weights = mx.load(str(checkpoint / "adapters.safetensors"))
-        moments = mx.load(str(checkpoint / "optimizer.safetensors"))
-        assert isinstance(weights, dict) and isinstance(moments, dict)
-        mx.eval(weights, moments)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        weights = load_file(checkpoint / "adapters.safetensors")
+        moments = load_file(checkpoint / "optimizer.safetensors")
+    except (OSError, ValueError, KeyError, TypeError, ModelError) as error:
         raise TrainingError(
             f"{checkpoint} cannot be read: {error!r}",
             wanted="a whole checkpoint",
