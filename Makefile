@@ -2,6 +2,7 @@
 # make test      creates .venv, installs the project, runs the tests
 # make legacy    the same tests on the oldest stack that is supported, in .venv-legacy
 # make parity    compares with transformers and PEFT on torch, in .venv-parity and .venv-legacy
+# make bench     ours beside mlx-lm: loss, step time, memory
 # make lint      ruff and mypy
 
 VENV := .venv
@@ -10,7 +11,7 @@ OPENBLAS := $(firstword $(wildcard /usr/lib/*-linux-gnu/openblas-pthread/libopen
 FAST := $(if $(OPENBLAS),LD_PRELOAD=$(OPENBLAS))
 PIP := -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo test legacy parity lint clean
+.PHONY: demo test legacy parity bench lint clean
 
 demo: $(VENV)/installed
 	$(FAST) $(VENV)/bin/python -m mlx_gemma4.train
@@ -24,6 +25,9 @@ legacy: $(VENV)-legacy/installed
 parity: $(VENV)-parity/installed $(VENV)-legacy/installed-parity
 	$(FAST) $(VENV)-parity/bin/python -m pytest tests/parity
 	$(FAST) $(VENV)-legacy/bin/python -m pytest tests/parity
+
+bench: $(VENV)/installed
+	$(FAST) $(VENV)/bin/python benchmarks/run.py
 
 lint: $(VENV)/installed-lint
 	$(VENV)/bin/python -m ruff check .

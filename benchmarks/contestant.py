@@ -70,7 +70,7 @@ def of_ours(model: str, dtype: str, rematerialize: bool):
 
     def run(tokens):
         examples = [Example(row, np.ones(len(row), bool), "") for row in tokens]
-        batch = gemma.with_ple_rows(collate(examples))
+        batch = collate(examples).with_ple_rows(gemma)
         loss, targets = train_step(gemma, optimizer, [batch], rematerialize=rematerialize)
         mx.eval(loss, targets, gemma.backbone.trainable_parameters(), optimizer.state)
         return float(loss / targets)

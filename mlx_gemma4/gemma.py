@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,6 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .config import LoraConfig
-from .data.batches import Batch
 from .errors import AdapterError, CapabilityError, ModelError
 from .model.generation import stream_answer
 from .model.loader import LoadedBackbone, load_backbone, resolve
@@ -103,12 +102,6 @@ class Gemma4:
     def ple_rows(self, tokens_BT: mx.array) -> mx.array | None:
         """Rows (B, T, L, P) of the PLE table, read from disk; None for members without one."""
         return self.loaded.ple_rows(tokens_BT) if self.loaded.ple_rows else None
-
-    def with_ple_rows(self, batch: Batch) -> Batch:
-        """The batch with its PLE rows, where this family member has any."""
-        if batch.ple_BTLP is not None or self.loaded.ple_rows is None:
-            return batch
-        return replace(batch, ple_BTLP=self.ple_rows(batch.tokens_BT))
 
     def add_lora(self, lora: LoraConfig = LoraConfig()) -> Mapping[str, int]:
         """Put LoRA layers on the model and let only them train.

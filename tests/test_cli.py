@@ -459,7 +459,7 @@ def test_a_run_that_is_stopped_says_that_nothing_is_lost(tiny, rows, tmp_path, c
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(g4.Gemma4, "with_ple_rows", stop)
+    monkeypatch.setattr(g4.Batch, "with_ple_rows", stop)
     with pytest.raises(SystemExit) as exit:
         run_command(lambda: run(tiny, rows, tmp_path / "out", "--iters", 1))
     assert exit.value.code == 130

@@ -34,7 +34,7 @@ def test_equals_the_backbones_own_forward(gemma):
 
 def test_own_gradients_equal_the_backbones(gemma):
     gemma.train_all()
-    batch = gemma.with_ple_rows(g4.Batch.from_tokens(tokens_for(gemma)))
+    batch = g4.Batch.from_tokens(tokens_for(gemma)).with_ple_rows(gemma)
 
     def own_loss():
         logits = gemma.backbone(batch.tokens_BT).astype(mx.float32)
@@ -120,7 +120,7 @@ def test_dropout_draws_the_same_numbers_when_rematerialized(tiny, compiled):
     gemma.add_lora(g4.LoraConfig(rank=4, dropout=0.3))
     make_lora_nonzero(gemma)
     gemma.backbone.train()
-    batch = gemma.with_ple_rows(g4.Batch.from_tokens(tokens_for(gemma)))
+    batch = g4.Batch.from_tokens(tokens_for(gemma)).with_ple_rows(gemma)
 
     def grads(rematerialize):
         def step():
@@ -170,9 +170,9 @@ def test_the_forward_needs_ple_rows(tiny):
 
 def test_loss_weights_scale_each_target(gemma):
     tokens = tokens_for(gemma)
-    one = loss_sum(gemma, gemma.with_ple_rows(g4.Batch.from_tokens(tokens)))
+    one = loss_sum(gemma, g4.Batch.from_tokens(tokens).with_ple_rows(gemma))
     half = loss_sum(
-        gemma, gemma.with_ple_rows(g4.Batch.from_tokens(tokens, mx.full(tokens.shape, 0.5)))
+        gemma, g4.Batch.from_tokens(tokens, mx.full(tokens.shape, 0.5)).with_ple_rows(gemma)
     )
     assert float(half) == pytest.approx(float(one) / 2, rel=1e-6)
 

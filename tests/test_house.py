@@ -17,7 +17,7 @@ MODULES = {
     for path in PACKAGE.rglob("*.py")
 }
 # A room may import from itself and from rooms before it.
-ORDER = ["errors", "config", "model", "data", "nn", "gemma", "train", "commands"]
+ORDER = ["errors", "config", "model", "nn", "gemma", "data", "train", "commands"]
 UPSTREAM = {"model", "nn.lora"}
 
 

@@ -388,7 +388,7 @@ def test_mlx_vlms_own_forward_equals_the_training_forward(with_vlm):
     assert float(difference) < 1e-4
 
     with_vlm.train_all()
-    batch = with_vlm.with_ple_rows(g4.Batch.from_tokens(tokens))
+    batch = g4.Batch.from_tokens(tokens).with_ple_rows(with_vlm)
 
     def own_loss():
         logits = own_logits(with_vlm, batch.tokens_BT).astype(mx.float32)

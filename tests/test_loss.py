@@ -29,7 +29,7 @@ def model(request, tiny):
         language.lm_head.freeze()
         plan = dataclasses.replace(plan, tied=False)
     if request.param == "quantized":
-        nn.quantize(backbone, group_size=32, bits=8, class_predicate=lambda p, m: "embed_tok" in p)
+        nn.quantize(backbone, 32, 8, class_predicate=lambda path, _: path.endswith("embed_tokens"))
     if request.param == "no cap":
         plan = dataclasses.replace(plan, softcap=None)
     if request.param == "large cap":

@@ -51,8 +51,8 @@ def test_lora_on_some_layers_only(tiny, num_layers):
 def test_it_keeps_less(tiny):
     gemma = g4.load(tiny)
     gemma.add_lora(g4.LoraConfig(rank=4))
-    batch = gemma.with_ple_rows(
-        g4.Batch.from_tokens(some_tokens(gemma.plan.vocab_size, B=1, T=1025))
+    batch = g4.Batch.from_tokens(some_tokens(gemma.plan.vocab_size, B=1, T=1025)).with_ple_rows(
+        gemma
     )
     mx.eval(batch.ple_BTLP, batch.tokens_BT)
 

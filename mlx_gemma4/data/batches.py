@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
 
 from ..errors import DataError
+
+if TYPE_CHECKING:
+    from ..gemma import Gemma4
 
 __all__ = ["Batch", "Example", "batch_order", "collate"]
 
@@ -112,6 +115,12 @@ class Batch:
             segments = segments_BT[:, :-1]
             weights = weights * (segments == segments_BT[:, 1:])
         return cls(tokens[:, :-1], tokens[:, 1:], weights, segments)
+
+    def with_ple_rows(self, gemma: Gemma4) -> Batch:
+        """The batch with the PLE rows of its tokens, where this family member has any."""
+        if self.ple_BTLP is not None or gemma.plan.ple is None:
+            return self
+        return replace(self, ple_BTLP=gemma.ple_rows(self.tokens_BT))
 
     @property
     def num_targets(self) -> mx.array:

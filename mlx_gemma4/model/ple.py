@@ -81,7 +81,7 @@ class PerLayerRows:
             raise ModelError(
                 "PLE rows were asked for inside mx.compile",
                 wanted="a batch that carries its rows",
-                do="call gemma.with_ple_rows(batch) before the compiled function",
+                do="call batch.with_ple_rows(gemma) before the compiled function",
             ) from None
         tokens = np.asarray(tokens_BT)
         unique, inverse = np.unique(tokens, return_inverse=True)

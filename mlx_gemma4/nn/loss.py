@@ -13,6 +13,7 @@ Shapes: B rows, T tokens, D model, V vocabulary, R positions, C positions of a c
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -94,8 +95,8 @@ def _with_frozen_head(
     def vjp(hidden_RD: mx.array, cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]):
         return cotangents[0].astype(outputs[1].dtype) * outputs[1]
 
-    total, _ = total_and_grad(hidden_RD)
-    return total
+    outputs: Any = total_and_grad(hidden_RD)
+    return outputs[0]
 
 
 def _with_trainable_head(

@@ -106,7 +106,7 @@ def evaluate(
     total, targets = 0.0, 0.0
     starts = range(0, len(examples), batch_size)
     for start in starts[:limit]:
-        batch = gemma.with_ple_rows(collate(examples[start : start + batch_size]))
+        batch = collate(examples[start : start + batch_size]).with_ple_rows(gemma)
         loss, count = loss_sum(gemma, batch), batch.num_targets
         mx.eval(loss, count)
         total, targets = total + float(loss), targets + float(count)
@@ -219,7 +219,7 @@ def _run(
         step_loss, step_targets = train_step(
             gemma,
             optimizer,
-            [gemma.with_ple_rows(collate(examples)) for _, examples in picked],
+            [collate(examples).with_ple_rows(gemma) for _, examples in picked],
             rematerialize=config.grad_checkpoint,
             attention=config.attention,
         )

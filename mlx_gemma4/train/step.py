@@ -63,7 +63,7 @@ def loss_and_grads(
             wanted="LoRA layers, or unfrozen weights",
             do="call gemma.add_lora() or gemma.train_all() first",
         )
-    batch = gemma.with_ple_rows(batch)
+    batch = batch.with_ple_rows(gemma)
     value_and_grad = nn.value_and_grad(
         gemma.backbone,
         lambda: loss_sum(gemma, batch, rematerialize=rematerialize, attention=attention),

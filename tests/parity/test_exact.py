@@ -24,6 +24,7 @@ from reference import (
 
 import mlx_gemma4 as g4
 from mlx_gemma4.model.names import flat
+from mlx_gemma4.nn import attention as attention_module
 from mlx_gemma4.train.step import loss_sum
 
 LOGITS, LOSS, GRADS = 1e-4, 1e-5, 1e-3
@@ -45,12 +46,18 @@ def assert_logits(gemma: g4.Gemma4, reference: Reference, batch: g4.Batch) -> No
 
 
 def assert_exact(
-    gemma: g4.Gemma4, reference: Reference, batch: g4.Batch, rematerialize: bool = False
+    gemma: g4.Gemma4,
+    reference: Reference,
+    batch: g4.Batch,
+    rematerialize: bool = False,
+    attention: str = "plain",
 ) -> None:
     """Loss and the gradient of every parameter, the PLE rows included."""
     wanted_loss = float(reference.loss_sum(batch).detach())
     wanted = reference_grads(reference, batch)
-    loss, targets, grads = g4.loss_and_grads(gemma, batch, rematerialize=rematerialize)
+    loss, targets, grads = g4.loss_and_grads(
+        gemma, batch, rematerialize=rematerialize, attention=attention
+    )
     assert float(targets) == float(np.array(batch.weights_BT).sum())
     note("loss", reference, abs(float(loss) / wanted_loss - 1), LOSS)
     assert abs(float(loss) - wanted_loss) < LOSS * abs(wanted_loss)
@@ -64,7 +71,7 @@ def assert_exact(
 
 
 def ple_grad(gemma: g4.Gemma4, batch: g4.Batch) -> mx.array:
-    batch = gemma.with_ple_rows(batch)
+    batch = batch.with_ple_rows(gemma)
 
     def loss(rows: mx.array) -> mx.array:
         return loss_sum(
@@ -87,11 +94,19 @@ def test_every_gradient(reference, padded, rematerialize):
     assert_exact(gemma, reference, random_batch(padded=padded), rematerialize)
 
 
+def test_the_leanest_setting(reference, monkeypatch):
+    """Several blocks of attention, and every layer run again."""
+    monkeypatch.setattr(attention_module, "_BLOCK_BYTES", 1)
+    gemma = load(reference)
+    gemma.train_all()
+    assert_exact(gemma, reference, random_batch(T=150, padded=True), True, "blockwise")
+
+
 @pytest.mark.parametrize("rematerialize", [False, True], ids=["kept", "rematerialized"])
 def test_compiled(reference, rematerialize):
     gemma = load(reference)
     gemma.train_all()
-    batch = gemma.with_ple_rows(random_batch())
+    batch = random_batch().with_ple_rows(gemma)
     wanted_loss, wanted = (
         float(reference.loss_sum(batch).detach()),
         reference_grads(reference, batch),

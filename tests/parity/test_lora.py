@@ -14,6 +14,8 @@ from test_exact import GRADS, LOSS, assert_logits, load
 
 import mlx_gemma4 as g4
 from mlx_gemma4.model.names import flat
+from mlx_gemma4.nn import attention as attention_module
+from mlx_gemma4.nn import loss as loss_module
 
 SHAPES = ["dense", "e2b", "e4b", "moe", "text", "unified"] if UNIFIED else [
     "dense", "e2b", "e4b", "moe", "text"
@@ -26,19 +28,24 @@ def reference(request, tmp_path):
     return build_reference(request.param, tmp_path / "model")
 
 
-@pytest.mark.parametrize("rematerialize", [False, True], ids=["kept", "rematerialized"])
-def test_every_adapter_gradient(reference, rematerialize):
+@pytest.mark.parametrize("lean", [False, True], ids=["plain", "lean"])
+def test_every_adapter_gradient(reference, lean, monkeypatch):
+    """Lean: attention and loss in several blocks, every layer run again."""
+    monkeypatch.setattr(attention_module, "_BLOCK_BYTES", 1)
+    monkeypatch.setattr(loss_module, "_CHUNK_BYTES", 1)
     gemma = load(reference)
     mx.random.seed(0)
     gemma.add_lora(g4.LoraConfig(rank=4, alpha=6.0))
     make_lora_nonzero(gemma)
     peft_model = with_the_same_lora(gemma, reference)
-    batch = random_batch(padded=True)
+    batch = random_batch(T=150, padded=True)
 
     wanted_sum = reference.loss_sum(batch)
     wanted_sum.backward()
     wanted_loss = float(wanted_sum.detach())
-    loss, _, grads = g4.loss_and_grads(gemma, batch, rematerialize=rematerialize)
+    loss, _, grads = g4.loss_and_grads(
+        gemma, batch, rematerialize=lean, attention="blockwise" if lean else "plain"
+    )
 
     assert_logits(gemma, reference, batch)
     assert abs(float(loss) - wanted_loss) < LOSS * wanted_loss

@@ -79,7 +79,7 @@ def test_own_forward_agrees_with_ours(gemma):
         gemma.plan.num_shared > 0 and not gemma.loaded.verdict.native
     )
     gemma.train_all()
-    batch = gemma.with_ple_rows(random_batch())
+    batch = random_batch().with_ple_rows(gemma)
     language = gemma.backbone.language_model
 
     def own_loss():
