@@ -668,3 +668,16 @@ def test_weights_that_are_not_finite_are_never_saved(tiny, data, tmp_path):
     now = snapshot(tmp_path / "out")
     assert [n for n in kept if now[n] != kept[n]] in ([], ["metrics.jsonl"])
     assert set(now) == set(kept)
+
+
+def test_a_run_whose_schedule_falls_cannot_be_made_longer(tiny, data, tmp_path):
+    """The schedule ends with the run: another length would have been another run."""
+    train(tiny, data, tmp_path / "out", lr_schedule="linear", iters=5)
+    with pytest.raises(g4.TrainingError, match="iters: 5 then, 10 now"):
+        train(tiny, data, tmp_path / "out", lr_schedule="linear", iters=10, resume=True)
+
+
+def test_a_run_at_a_constant_rate_can_be_made_longer(tiny, data, tmp_path):
+    train(tiny, data, tmp_path / "out", iters=5)
+    run = train(tiny, data, tmp_path / "out", iters=6, resume=True)
+    assert run.history[-1]["step"] == 6

@@ -91,6 +91,7 @@ def main(arguments: list[str] | None = None) -> None:
 def _settings(arguments: list[str] | None) -> tuple[Any, ...]:
     parser = argparse.ArgumentParser(
         prog="python -m mlx_gemma4.train",
+        usage="python -m mlx_gemma4.train [--model MODEL --data DATA] [--config FILE] [settings]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

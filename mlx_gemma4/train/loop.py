@@ -31,7 +31,7 @@ __all__ = ["evaluate", "finetune"]
 
 # Settings that a resumed run may change without becoming another run.
 _FREE_ON_RESUME = {
-    *("iters", "epochs", "learning_rate", "grad_checkpoint"),
+    *("iters", "epochs", "learning_rate", "grad_checkpoint", "attention"),
     *("report_every", "eval_every", "val_batches", "save_every"),
 }
 
@@ -77,8 +77,7 @@ def finetune(
     run = Run(gemma, output=Path(output) if output else None)
     settings = flatten(config, data.config, gemma.lora or LoraConfig())
     settings |= {"model": gemma.name, "data": data.source}
-    fixed = {key: value for key, value in settings.items() if key not in _FREE_ON_RESUME}
-    fixed["examples"] = len(data.train)
+    fixed = _fixed_on_resume(settings) | {"examples": len(data.train)}
     progress = Progress(0, 0)
     listeners = list(callbacks if callbacks is not None else [Console()])
     if run.output:
@@ -111,6 +110,13 @@ def evaluate(
         mx.eval(loss, count)
         total, targets = total + float(loss), targets + float(count)
     return total / targets
+
+
+def _fixed_on_resume(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a resumed run must share; a schedule that falls ends with the run."""
+    falling = settings["lr_schedule"] != "constant"
+    free = _FREE_ON_RESUME - ({"iters", "epochs"} if falling else set())
+    return {key: value for key, value in settings.items() if key not in free}
 
 
 def _prepare(gemma: Gemma4, config: TrainConfig, lora: LoraConfig | None) -> None:
