@@ -96,5 +96,5 @@ def _what_trains(gemma: Gemma4) -> str:
     modules = adapted_modules(gemma.backbone)
     if not modules:
         return f"training {count:,} parameters: every weight of the language model"
-    kinds = ", ".join(f"{number} {path}" for path, number in modules.items())
+    kinds = ", ".join(f"{number} {path}" for path, number in sorted(modules.items()))
     return f"training {count:,} parameters: LoRA on {kinds}"
