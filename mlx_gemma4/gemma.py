@@ -19,7 +19,7 @@ from .model.plan import Plan, read_config
 from .model.tokenizer import end_tokens, load_processor, load_tokenizer
 from .nn.adapter import load_adapter
 from .nn.forward import forward, head
-from .nn.lora import attach_lora, resolve_targets
+from .nn.lora import adapted_modules, attach_lora, resolve_targets
 
 __all__ = ["Gemma4", "load"]
 
@@ -119,13 +119,9 @@ class Gemma4:
                 do="load the model again, or train the adapter that is on it",
             )
         self.backbone.freeze()
-        modules = resolve_targets(self.backbone, lora)
-        attach_lora(self.backbone, modules, lora)
+        attach_lora(self.backbone, resolve_targets(self.backbone, lora), lora)
         self.lora = lora
-        counts: dict[str, int] = {}
-        for _, path in modules:
-            counts[path] = counts.get(path, 0) + 1
-        return counts
+        return adapted_modules(self.backbone)
 
     def train_all(self) -> None:
         """Let every weight of the language model train, but no buffer, tower or PLE table.

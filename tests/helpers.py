@@ -36,6 +36,19 @@ CHAT = [
 ]
 
 
+SMALL_VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "patch_size": 4,
+    "position_embedding_size": 16,
+}
+"""The vision_config of a small image tower."""
+
+
 def write_rows(folder: Path, **splits: list) -> Path:
     """A data folder with one JSONL file per split."""
     folder.mkdir(parents=True, exist_ok=True)

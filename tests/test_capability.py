@@ -7,22 +7,13 @@ from unittest.mock import MagicMock, Mock
 
 import mlx.nn as nn
 import pytest
+from helpers import SMALL_VISION
 
 import mlx_gemma4 as g4
 from mlx_gemma4.model.capability import Verdict, inspect_backbone
 from mlx_gemma4.model.loader import build_backbone
 from mlx_gemma4.model.names import text_model
 
-VISION = {
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "patch_size": 4,
-    "position_embedding_size": 16,
-}
 NATIVE = (
     "previous_kvs names a source for every layer",
     "the layer takes shared_kv",
@@ -32,7 +23,7 @@ NATIVE = (
 
 @pytest.fixture
 def config(tiny) -> dict:
-    return {**json.loads((tiny / "config.json").read_text()), "vision_config": VISION}
+    return {**json.loads((tiny / "config.json").read_text()), "vision_config": SMALL_VISION}
 
 
 class Attention:

@@ -12,8 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from helpers import assert_same_grads, relative_gap, some_tokens
-from test_capability import VISION
+from helpers import SMALL_VISION, assert_same_grads, relative_gap, some_tokens
 
 import mlx_gemma4 as g4
 from mlx_gemma4.model.capability import inspect_backbone
@@ -349,7 +348,7 @@ def test_a_native_backbone_needs_no_shim_and_is_told_so(gemma):
 def vlm(checkpoints, shape) -> g4.Gemma4:
     """The small checkpoint's weights in mlx-vlm's own modules, without a shim."""
     gemma = g4.load(checkpoints[shape])
-    config = {**gemma.loaded.config, "vision_config": VISION}
+    config = {**gemma.loaded.config, "vision_config": SMALL_VISION}
     backbone = build_backbone(gemma.plan, config)
     text = text_model(backbone)
     text.embed_tokens_per_layer = DiskEmbedding(gemma.loaded.ple_rows)
@@ -433,7 +432,7 @@ def test_mlx_vlms_own_caches_do_not_cure_it(legacy):
 def test_the_shim_on_mlx_vlm_is_per_instance_idempotent_and_removable(legacy, checkpoints):
     kind = type(text_model(legacy.backbone))
     call = kind.__call__
-    other = build_backbone(legacy.plan, {**legacy.loaded.config, "vision_config": VISION})
+    other = build_backbone(legacy.plan, {**legacy.loaded.config, "vision_config": SMALL_VISION})
     apply_kv_store(legacy.backbone)
     shimmed = type(text_model(legacy.backbone))
     apply_kv_store(legacy.backbone)

@@ -32,7 +32,7 @@ from .names import (
 from .plan import FULL, SLIDING, Plan, read_config
 from .ple import DiskEmbedding, PerLayerRows
 from .quantize import quantize_as_stored, stored_quantization
-from .weights import StoredTensor, load_tensors, read_index
+from .weights import StoredTensor, load_tensors, mismatches, read_index, shapes_of
 
 __all__ = ["LoadedBackbone", "build_backbone", "load_backbone", "resolve"]
 
@@ -107,7 +107,7 @@ def load_backbone(folder: Path, *, towers: bool = False) -> LoadedBackbone:
     placement = _Placement(backbone, plan, stored, towers)
     ple_rows = _take_ple_table(backbone, plan, placement.ple, config)
     weights = _tower_weights(backbone, placement)
-    shapes = {**placement.text_shapes(), **{name: value.shape for name, value in weights.items()}}
+    shapes = {**placement.text_shapes(), **shapes_of(weights)}
     if quantization := stored_quantization(config):
         quantize_as_stored(backbone, quantization, shapes)
     _require_match(backbone, shapes, placement.unexpected, folder)
@@ -316,14 +316,8 @@ def _require_match(
     unexpected: list[str],
     folder: Path,
 ) -> None:
-    wanted = {name: value.shape for name, value in flat(backbone.parameters()).items()}
-    problems = [f"missing     {name} {wanted[name]}" for name in sorted(set(wanted) - set(shapes))]
-    problems += [f"unexpected  {name}" for name in sorted({*unexpected, *shapes} - set(wanted))]
-    problems += [
-        f"misshapen   {name}: {tuple(shapes[name])}, wanted {wanted[name]}"
-        for name in sorted(set(wanted) & set(shapes))
-        if tuple(shapes[name]) != wanted[name]
-    ]
+    found = {**dict.fromkeys(unexpected, ()), **shapes}
+    problems = mismatches(found, shapes_of(flat(backbone.parameters())))
     if problems:
         raise ModelError(
             f"{len(problems)} tensors of {folder} do not match config.json:"

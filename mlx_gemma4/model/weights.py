@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,14 @@ import mlx.core as mx
 
 from ..errors import ModelError, listing
 
-__all__ = ["StoredTensor", "load_file", "load_tensors", "read_index"]
+__all__ = [
+    "StoredTensor",
+    "load_file",
+    "load_tensors",
+    "mismatches",
+    "read_index",
+    "shapes_of",
+]
 
 _INDEX = "model.safetensors.index.json"
 
@@ -83,6 +91,29 @@ def read_index(folder: Path) -> dict[str, StoredTensor]:
             do="download the checkpoint again",
         )
     return tensors
+
+
+def mismatches(
+    found: Mapping[str, Sequence[int]], wanted: Mapping[str, Sequence[int]]
+) -> list[str]:
+    """What keeps tensors from their places, a line each: missing, unexpected, misshapen.
+
+    Args:
+        found, wanted: shapes by name.
+    """
+    problems = [f"missing     {name} {wanted[name]}" for name in sorted(wanted.keys() - found)]
+    problems += [f"unexpected  {name}" for name in sorted(found.keys() - wanted)]
+    problems += [
+        f"misshapen   {name}: {tuple(found[name])}, wanted {tuple(wanted[name])}"
+        for name in sorted(found.keys() & wanted)
+        if tuple(found[name]) != tuple(wanted[name])
+    ]
+    return problems
+
+
+def shapes_of(arrays: Mapping[str, mx.array]) -> dict[str, tuple[int, ...]]:
+    """Shapes by name."""
+    return {name: array.shape for name, array in arrays.items()}
 
 
 def load_tensors(tensors: dict[str, StoredTensor]) -> dict[str, mx.array]:

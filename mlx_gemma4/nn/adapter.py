@@ -15,7 +15,7 @@ from ..config import LoraConfig
 from ..errors import AdapterError, ModelError, listing
 from ..model.names import flat, is_dead, is_frozen_buffer, text_model, text_prefix
 from ..model.plan import Plan
-from ..model.weights import load_file
+from ..model.weights import load_file, mismatches, shapes_of
 from .lora import attach_lora, resolve_targets
 
 __all__ = ["load_adapter", "save_adapter"]
@@ -107,13 +107,7 @@ def load_adapter(backbone: nn.Module, plan: Plan, folder: str | Path) -> LoraCon
             wanted="fine_tune_type lora or full",
             do="load it with mlx-lm",
         )
-    problems = [f"missing     {name}" for name in sorted(set(wanted) - set(weights))]
-    problems += [f"unexpected  {name}" for name in sorted(set(weights) - set(wanted))]
-    problems += [
-        f"misshapen   {name}: {weights[name].shape}, wanted {wanted[name]}"
-        for name in sorted(set(wanted) & set(weights))
-        if weights[name].shape != wanted[name]
-    ]
+    problems = mismatches(shapes_of(weights), wanted)
     if problems:
         raise AdapterError(
             f"{len(problems)} tensors of {folder} do not fit this model:{listing(problems)}",

@@ -25,7 +25,7 @@ from mlx.utils import tree_unflatten
 from ..errors import ModelError, TrainingError, listing
 from ..gemma import Gemma4
 from ..model.names import flat
-from ..model.weights import load_file
+from ..model.weights import load_file, mismatches, shapes_of
 from ..nn.adapter import save_adapter
 
 __all__ = ["Progress", "newest_checkpoint", "restore_checkpoint", "save_checkpoint"]
@@ -105,8 +105,10 @@ def restore_checkpoint(
             wanted="the settings that the run began with",
             do="give those, or start a new run in another output folder",
         )
-    wrong = _differ(weights, flat(gemma.backbone.trainable_parameters()))
-    wrong += _differ(moments, flat(optimizer.state))
+    wrong = mismatches(
+        {**shapes_of(weights), **shapes_of(moments)},
+        shapes_of({**flat(gemma.backbone.trainable_parameters()), **flat(optimizer.state)}),
+    )
     if wrong:
         raise TrainingError(
             f"{len(wrong)} tensors of {checkpoint} do not fit this model:{listing(wrong)}",
@@ -116,12 +118,3 @@ def restore_checkpoint(
     gemma.backbone.load_weights(list(weights.items()), strict=False)
     optimizer.state = tree_unflatten(list(moments.items()))
     return progress
-
-
-def _differ(found: Mapping[str, mx.array], wanted: Mapping[str, mx.array]) -> list[str]:
-    """Names that only one has, or with another shape."""
-    return sorted(
-        name
-        for name in {*found, *wanted}
-        if name not in found or name not in wanted or found[name].shape != wanted[name].shape
-    )

@@ -16,6 +16,7 @@ import mlx.core as mx
 import numpy as np
 import torch
 import transformers
+from helpers import SMALL_VISION
 from safetensors.torch import load_file, save_file
 
 from mlx_gemma4.data.batches import Batch
@@ -24,16 +25,6 @@ from mlx_gemma4.model.tiny import SHAPES, build_tiny
 VOCAB = 192
 UNIFIED = hasattr(transformers, "Gemma4UnifiedForConditionalGeneration")
 
-_VISION = {
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "patch_size": 4,
-    "position_embedding_size": 16,
-}
 _AUDIO = {
     "hidden_size": 16,
     "num_hidden_layers": 1,
@@ -115,7 +106,7 @@ def build_reference(shape: str, folder: Path, towers: bool = False, seed: int = 
         config = transformers.Gemma4UnifiedConfig(text_config=text, **parts, **ids)
         model = transformers.Gemma4UnifiedForConditionalGeneration(config)
     else:
-        parts = {"vision_config": _VISION, "audio_config": _AUDIO} if towers else {}
+        parts = {"vision_config": SMALL_VISION, "audio_config": _AUDIO} if towers else {}
         config = transformers.Gemma4Config(text_config=text, **parts, **ids)
         model = transformers.Gemma4ForConditionalGeneration(config)
     _randomize(model)

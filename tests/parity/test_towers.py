@@ -32,10 +32,7 @@ def reference(request, tmp_path_factory):
 
 @pytest.fixture
 def gemma(reference):
-    """With towers; the processor, which needs media files' settings, is not built here."""
-    text = g4.load(reference.folder)
-    text.loaded = load_backbone(reference.folder, towers=True)
-    return text
+    return g4.load(reference.folder, towers=True)
 
 
 def test_every_gradient_through_mlx_vlm(gemma, reference):
