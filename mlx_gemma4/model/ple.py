@@ -11,6 +11,7 @@ Shapes: B rows, T tokens, L layers, P width of the embedding of one layer.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -22,7 +23,7 @@ from .plan import Plan
 from .quantize import packed_as
 from .weights import StoredTensor
 
-__all__ = ["DiskEmbedding", "PerLayerRows"]
+__all__ = ["DiskEmbedding", "GatheredRows", "PerLayerRows"]
 
 # safetensors' name -> (numpy's dtype of the same width, MLX's dtype)
 _DTYPES = {
@@ -32,6 +33,21 @@ _DTYPES = {
     "U32": (np.uint32, mx.uint32),
     "U8": (np.uint8, mx.uint8),
 }
+
+
+@dataclass(frozen=True)
+class GatheredRows:
+    """Rows of the PLE table in the process's memory.
+
+    Attributes:
+        shape: (B, T), that of the tokens.
+        inverse: for every token, its row in `stored`.
+        stored: each distinct row once, by the name of the tensor it is from.
+    """
+
+    shape: tuple[int, ...]
+    inverse: np.ndarray
+    stored: Mapping[str, np.ndarray]
 
 
 class PerLayerRows:
@@ -72,7 +88,16 @@ class PerLayerRows:
         """Rows of shape (B, T, L, P), unscaled, in the table's dtype (or its scales').
 
         Raises:
-            ModelError: called on values that are not known yet, inside mx.compile.
+            ModelError: called on values that are not known yet, inside mx.compile; or a token
+                that the table does not have.
+        """
+        return self.unpack(self.gather(tokens_BT))
+
+    def gather(self, tokens_BT: mx.array | np.ndarray) -> GatheredRows:
+        """The rows of the tokens as they are stored; reads the disk and no device.
+
+        Raises:
+            ModelError: as in `__call__`.
         """
         try:
             if isinstance(tokens_BT, mx.array):
@@ -91,7 +116,14 @@ class PerLayerRows:
                 wanted=f"ids from 0 to {self.num_rows - 1}, the rows of the PLE table",
                 do="use the checkpoint's own tokenizer",
             )
-        rows = {name: self._read(name, unique) for name in self._maps}
+        stored = {name: memory[unique] for name, (memory, _) in self._maps.items()}
+        return GatheredRows(tokens.shape, inverse.reshape(-1), stored)
+
+    def unpack(self, gathered: GatheredRows) -> mx.array:
+        """Gathered rows as `__call__` returns them."""
+        rows = {name: mx.array(array) for name, array in gathered.stored.items()}
+        for name, (_, dtype) in self._maps.items():
+            rows[name] = rows[name] if rows[name].dtype == dtype else rows[name].view(dtype)
         if "scales" in rows:
             table = mx.dequantize(
                 rows["weight"],
@@ -103,13 +135,8 @@ class PerLayerRows:
             )
         else:
             table = rows["weight"]
-        picked = table[mx.array(inverse.reshape(-1))]
-        return picked.reshape(*tokens.shape, self._layers, self._width)
-
-    def _read(self, name: str, rows: np.ndarray) -> mx.array:
-        memory, dtype = self._maps[name]
-        array = mx.array(memory[rows])
-        return array if array.dtype == dtype else array.view(dtype)
+        picked = table[mx.array(gathered.inverse)]
+        return picked.reshape(*gathered.shape, self._layers, self._width)
 
 
 class DiskEmbedding(nn.Module):
