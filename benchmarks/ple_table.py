@@ -77,9 +77,7 @@ def watch_training(folder: Path, batches: list[np.ndarray]) -> None:
 
 def report(when: str) -> None:
     """Print one line of figures."""
-    allocator = (
-        f"allocator {mx.get_active_memory() / 1e6:5.0f} peak {mx.get_peak_memory() / 1e6:5.0f}"
-    )
+    active, peak = mx.get_active_memory() / 1e6, mx.get_peak_memory() / 1e6
     if sys.platform == "linux":
         now = linux_memory()
         process = (

@@ -18,7 +18,7 @@ import numpy as np
 
 __all__ = ["compare_ways"]
 
-WAYS = ("mapped", "mapped, random", "mapped, released", "read")
+WAYS = ("mapped", "mapped, random", "mapped, released", "random, released", "read")
 
 
 def compare_ways(path: Path, name: str, batches: list[np.ndarray]) -> None:
@@ -49,32 +49,31 @@ def _reader(way: str, path: str, offset: int, shape: tuple[int, int]) -> Callabl
     """A function from row numbers to rows."""
     if way == "read":
         file, width = os.open(path, os.O_RDONLY), 2 * shape[1]
-        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)
 
         def read(rows: np.ndarray) -> np.ndarray:
             picked = np.empty((len(rows), shape[1]), np.uint16)
             for out, row in zip(picked, rows.tolist()):
-                os.preadv(file, [out], offset + row * width)
+                out[:] = np.frombuffer(os.pread(file, width, offset + row * width), np.uint16)
             return picked
 
         return read
     memory = np.memmap(path, np.uint16, "r", offset, shape)
     mapping = memory._mmap
-    if way != "mapped":
+    if "random" in way:
         mapping.madvise(mmap.MADV_RANDOM)
 
     def pick(rows: np.ndarray) -> np.ndarray:
         picked = np.asarray(memory[rows])
-        if way == "mapped, released":
+        if "released" in way:
             mapping.madvise(mmap.MADV_DONTNEED)
         return picked
 
     return pick
 
 
-def _rss_files_mb() -> float:
+def _status_mb(name: str) -> float:
     for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssFile"):
+        if line.startswith(name):
             return int(line.split()[1]) * 1024 / 1e6
     return 0.0
 
@@ -96,15 +95,16 @@ def main() -> None:
                 pass
     read = _reader(way, path, offset, (rows, columns))
     order = np.random.default_rng(0).permutation(rows)
-    before, seconds, most = _rss_files_mb(), [], 0.0
+    before, peak, seconds = _status_mb("RssFile"), _status_mb("VmHWM"), []
     for i in range(count):
         wanted = np.sort(order[i * length : (i + 1) * length])
         start = time.perf_counter()
         read(wanted)
         seconds.append(time.perf_counter() - start)
-        most = max(most, _rss_files_mb())
     print(
-        f"{np.median(seconds) * 1e3:6.1f} ms a batch, {most - before:5.0f} MB of mapped pages, "
+        f"{np.median(seconds) * 1e3:6.1f} ms a batch (first {seconds[0] * 1e3:6.1f}), "
+        f"resident set {_status_mb('VmHWM') - peak:5.0f} MB higher at its peak, "
+        f"{_status_mb('RssFile') - before:5.0f} MB of mapped pages left, "
         f"{_cached_mb(path):5.0f} MB in the system's cache"
     )
 
