@@ -1,17 +1,20 @@
 """Per-layer embeddings (PLE): rows from disk, never a resident table.
 
 The PLE table of E2B and E4B is over half of the checkpoint, stays frozen in every method, and a
-batch touches a few thousand of its rows. So it is data: rows are read from the memory-mapped
-checkpoint while a batch is built, and travel in the batch. A quantized table is read in the same
-way, and only the rows that were read are dequantized.
+batch touches a few thousand of its rows. So it is data: rows are read from the checkpoint while a
+batch is built, and travel in the batch. A quantized table is read in the same way, and only the
+rows that were read are dequantized.
+
+Rows are read with pread, not through a memory map: a map that touches a row gets the pages around
+it too, so that after a few batches nearly the whole table counts as this process's resident set.
 
 Shapes: B rows, T tokens, L layers, P width of the embedding of one layer.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -49,7 +52,7 @@ class PerLayerRows:
     def __init__(self, stored: Mapping[str, StoredTensor], plan: Plan, mode: str = "affine"):
         assert plan.ple is not None
         self._layers, self._width, self._mode = len(plan.layers), plan.ple.width, mode
-        self._maps = {name: _memory_map(tensor) for name, tensor in stored.items()}
+        self._tensors = {name: _RowFile(tensor) for name, tensor in stored.items()}
         self.nbytes = sum(tensor.nbytes for tensor in stored.values())
         self.num_rows, columns = plan.ple.vocab_size, self._layers * self._width
         wanted = {"weight": (self.num_rows, columns)}
@@ -91,7 +94,7 @@ class PerLayerRows:
                 wanted=f"ids from 0 to {self.num_rows - 1}, the rows of the PLE table",
                 do="use the checkpoint's own tokenizer",
             )
-        rows = {name: self._read(name, unique) for name in self._maps}
+        rows = {name: tensor.read(unique) for name, tensor in self._tensors.items()}
         if "scales" in rows:
             table = mx.dequantize(
                 rows["weight"],
@@ -106,11 +109,6 @@ class PerLayerRows:
         picked = table[mx.array(inverse.reshape(-1))]
         return picked.reshape(*tokens.shape, self._layers, self._width)
 
-    def _read(self, name: str, rows: np.ndarray) -> mx.array:
-        memory, dtype = self._maps[name]
-        array = mx.array(memory[rows])
-        return array if array.dtype == dtype else array.view(dtype)
-
 
 class DiskEmbedding(nn.Module):
     """Stands in for a backbone's `embed_tokens_per_layer`: the same call, no parameters."""
@@ -124,13 +122,36 @@ class DiskEmbedding(nn.Module):
         return self._rows(tokens_BT).flatten(-2)
 
 
-def _memory_map(tensor: StoredTensor) -> tuple[np.ndarray, Any]:
-    if tensor.dtype not in _DTYPES:
-        raise ModelError(
-            f"the PLE table in {tensor.path} has dtype {tensor.dtype}",
-            wanted="one of " + ", ".join(_DTYPES),
-            do="convert the checkpoint",
-        )
-    stored, dtype = _DTYPES[tensor.dtype]
-    memory = np.memmap(tensor.path, stored, "r", tensor.offset, tensor.shape)
-    return memory, dtype
+class _RowFile:
+    """Reads rows of one stored matrix. The file stays open, and closes with this object."""
+
+    def __init__(self, tensor: StoredTensor):
+        if tensor.dtype not in _DTYPES:
+            raise ModelError(
+                f"the PLE table in {tensor.path} has dtype {tensor.dtype}",
+                wanted="one of " + ", ".join(_DTYPES),
+                do="convert the checkpoint",
+            )
+        self._tensor = tensor
+        self._stored, self._dtype = _DTYPES[tensor.dtype]
+        self._file = tensor.path.open("rb", buffering=0)
+
+    def read(self, rows_R: np.ndarray) -> mx.array:
+        """(R,) row numbers -> (R, columns).
+
+        Raises:
+            ModelError: the file has become shorter since it was opened.
+        """
+        picked = np.empty((len(rows_R), *self._tensor.shape[1:]), self._stored)
+        width, file = picked[:1].nbytes, self._file.fileno()
+        for row, into in zip(rows_R.tolist(), picked):
+            found = os.pread(file, width, self._tensor.offset + row * width)
+            if len(found) != width:
+                raise ModelError(
+                    f"{self._tensor.path} ends before row {row} of the PLE table",
+                    wanted="the file as it was when the model was loaded",
+                    do="load the model again",
+                )
+            into[:] = np.frombuffer(found, self._stored)
+        array = mx.array(picked)
+        return array if array.dtype == self._dtype else array.view(self._dtype)
