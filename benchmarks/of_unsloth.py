@@ -1,9 +1,17 @@
-"""unsloth: unsloth_zoo's own `MLXTrainer`, with its batching and compiled step.
+r"""unsloth: unsloth_zoo's own `MLXTrainer`, with its batching and compiled step.
 
 All of its defaults stay: checkpointed layers, a compiled step, its fused loss. On a Mac its loss
 runs on kernels of its own; elsewhere it falls back to plain MLX, so the speed measured there is a
 lower bound, and the memory is what it is. It takes its MLX path where `platform` answers macOS on
 arm64 and no torch is installed beside it: the process of this contestant answers so.
+
+An environment for it on Linux, where its own requirements would bring torch:
+
+    python -m venv VENV
+    VENV/bin/pip install "mlx[cpu]==0.32.4" mlx-lm==0.32.2
+    VENV/bin/pip install --no-deps unsloth_zoo==2026.10.9 mlx-vlm==0.7.9
+    VENV/bin/pip install "transformers<=5.17.0" "datasets>=4.6,<5" \
+        psutil pillow requests wheel filelock regex sentencepiece msgspec hf_transfer
 """
 
 from __future__ import annotations

@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,9 @@ def main() -> None:
     words += ["--short"] if given.short else []
     results, left_out = [], {}
     for name in given.only:
-        record = _contest(name, given.unsloth_python, words, given.verbose)
+        with tempfile.TemporaryDirectory() as empty:
+            cold = empty if given.cold else None
+            record = _contest(name, given.unsloth_python, words, given.verbose, cold)
         if "left_out" in record:
             left_out[name] = record["left_out"]
         else:
@@ -74,15 +78,24 @@ def _arguments() -> argparse.Namespace:
         help="interpreter that has unsloth_zoo with its MLX parts, and no torch",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the records there too")
+    parser.add_argument(
+        "--cold",
+        action="store_true",
+        help="first epochs begin without the compiled kernels that MLX keeps in TMPDIR on a CPU",
+    )
     parser.add_argument("--verbose", action="store_true", help="show what contestants print")
     return parser.parse_args()
 
 
-def _contest(name: str, unsloth_python: str, words: list[str], verbose: bool) -> dict[str, Any]:
+def _contest(
+    name: str, unsloth_python: str, words: list[str], verbose: bool, cold: str | None
+) -> dict[str, Any]:
     interpreter = unsloth_python if name == "unsloth" else sys.executable
+    environment = dict(os.environ) | ({"TMPDIR": cold} if cold else {})
     try:
         done = subprocess.run(
             [interpreter, str(HERE / "contestant.py"), name, *words],
+            env=environment,
             stdout=subprocess.PIPE,
             stderr=None if verbose else subprocess.PIPE,
             text=True,
