@@ -8,7 +8,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from helpers import relative_gap
+from helpers import assert_same_grads, relative_gap
+from mlx_lm.tuner.lora import LoRALinear
 
 import mlx_gemma4 as g4
 from mlx_gemma4.data.batches import Example, collate
@@ -134,3 +135,74 @@ def test_collate_names_the_rows_with_a_target():
     assert batch.rows_R.size == 64
     assert batch.rows_R.tolist()[:4] == [1, 2, T + 1, T + 1]
     assert np.flatnonzero(np.array(batch.weights_BT)).tolist() == [1, 2, T + 1]
+
+
+@pytest.mark.parametrize("kind", ["tied", "untied", "adapted"])
+def test_a_trainable_head(tiny, kind):
+    """Loss, and the gradients of hidden states and head, chunk by chunk."""
+    gemma = g4.load(tiny)
+    backbone, plan = gemma.backbone, gemma.plan
+    if kind != "tied":
+        language = backbone.language_model
+        language.lm_head = nn.Linear(plan.hidden_size, plan.vocab_size, bias=False)
+        plan = dataclasses.replace(plan, tied=False)
+        module = language.lm_head
+        if kind == "adapted":
+            module.freeze()
+            language.lm_head = module = LoRALinear.from_base(module, r=3)
+            module.lora_b = mx.random.normal(module.lora_b.shape, key=mx.random.key(4))
+    else:
+        module = text_model(backbone).embed_tokens
+    hidden, targets, weights = inputs(backbone, plan)
+    backbone.freeze()
+    module.unfreeze(keys=["lora_a", "lora_b"] if kind == "adapted" else None)
+
+    def total(loss):
+        def run(parameters, hidden):
+            module.update(parameters)
+            return loss(backbone, plan, hidden, targets, weights)
+
+        parameters = module.trainable_parameters()
+        result = mx.value_and_grad(run, argnums=(0, 1))(parameters, hidden)
+        module.update(parameters)
+        return result
+
+    wanted, wanted_grads = total(plain)
+    loss, grads = total(cross_entropy_sum)
+    assert float(loss) == pytest.approx(float(wanted), rel=1e-6)
+    assert_same_grads(grads[0], wanted_grads[0], 1e-5)
+    assert relative_gap(grads[1], wanted_grads[1]) < 1e-5
+
+
+def test_without_a_gradient_it_is_the_same_loss(model):
+    backbone, plan = model
+    hidden, targets, weights = inputs(backbone, plan)
+    loss = cross_entropy_sum(backbone, plan, hidden, targets, weights)
+    only = cross_entropy_sum(backbone, plan, hidden, targets, weights, gradient=False)
+    low = hidden.dtype == mx.bfloat16
+    assert float(only) == pytest.approx(float(loss), rel=1e-3 if low else 1e-6)
+
+
+def test_a_trainable_head_keeps_no_logits(tiny):
+    """Its gradient is as large as the head; all logits would be many times that."""
+    gemma = g4.load(tiny)
+    gemma.train_all()
+    backbone, plan = gemma.backbone, gemma.plan
+    hidden, targets, weights = inputs(backbone, plan, T=2048)
+    mx.eval(hidden, targets, weights)
+    module = text_model(backbone).embed_tokens
+
+    def peak(loss):
+        def run(parameters, hidden):
+            module.update(parameters)
+            return loss(backbone, plan, hidden, targets, weights)
+
+        parameters = module.trainable_parameters()
+        mx.clear_cache()
+        resident = mx.get_active_memory()
+        mx.reset_peak_memory()
+        mx.eval(mx.grad(run, argnums=(0, 1))(parameters, hidden))
+        module.update(parameters)
+        return mx.get_peak_memory() - resident
+
+    assert peak(cross_entropy_sum) < peak(plain) / 4

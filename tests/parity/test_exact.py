@@ -95,8 +95,10 @@ def test_every_gradient(reference, padded, rematerialize):
 
 
 def test_the_leanest_setting(reference, monkeypatch):
-    """Several blocks of attention, and every layer run again."""
+    """Several blocks of attention, pieces of positions, and every layer run again."""
     monkeypatch.setattr(attention_module, "_BLOCK_BYTES", 1)
+    monkeypatch.setattr(forward_module, "_PIECE_BYTES", 1)
+    monkeypatch.setattr(forward_module, "_LEAST_POSITIONS", 64)
     gemma = load(reference)
     gemma.train_all()
     assert_exact(gemma, reference, random_batch(T=150, padded=True), True, "blockwise")
