@@ -25,6 +25,7 @@ from reference import (
 import mlx_gemma4 as g4
 from mlx_gemma4.model.names import flat
 from mlx_gemma4.nn import attention as attention_module
+from mlx_gemma4.nn import forward as forward_module
 from mlx_gemma4.train.step import loss_sum
 
 LOGITS, LOSS, GRADS = 1e-4, 1e-5, 1e-3
