@@ -20,18 +20,9 @@ import numpy as np
 from ..errors import ModelError
 from .plan import Plan
 from .quantize import packed_as
-from .weights import StoredTensor
+from .weights import DTYPES, StoredTensor
 
 __all__ = ["DiskEmbedding", "PerLayerRows"]
-
-# safetensors' name -> (numpy's dtype of the same width, MLX's dtype)
-_DTYPES = {
-    "F32": (np.float32, mx.float32),
-    "F16": (np.float16, mx.float16),
-    "BF16": (np.uint16, mx.bfloat16),
-    "U32": (np.uint32, mx.uint32),
-    "U8": (np.uint8, mx.uint8),
-}
 
 
 class PerLayerRows:
@@ -125,12 +116,12 @@ class DiskEmbedding(nn.Module):
 
 
 def _memory_map(tensor: StoredTensor) -> tuple[np.ndarray, Any]:
-    if tensor.dtype not in _DTYPES:
+    if tensor.dtype not in DTYPES:
         raise ModelError(
             f"the PLE table in {tensor.path} has dtype {tensor.dtype}",
-            wanted="one of " + ", ".join(_DTYPES),
+            wanted="one of " + ", ".join(DTYPES),
             do="convert the checkpoint",
         )
-    stored, dtype = _DTYPES[tensor.dtype]
+    stored, dtype = DTYPES[tensor.dtype]
     memory = np.memmap(tensor.path, stored, "r", tensor.offset, tensor.shape)
     return memory, dtype
