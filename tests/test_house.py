@@ -17,7 +17,7 @@ MODULES = {
     for path in PACKAGE.rglob("*.py")
 }
 # A room may import from itself and from rooms before it.
-ORDER = ["errors", "config", "model", "nn", "gemma", "data", "train", "commands"]
+ORDER = ["errors", "config", "model", "nn", "gemma", "data", "export", "train", "commands"]
 UPSTREAM = {"model", "nn.lora"}
 
 
@@ -87,7 +87,7 @@ def test_modules_say_what_they_are(module):
 def test_the_public_names():
     assert mlx_gemma4.__all__ == [
         "AdapterError", "Batch", "CapabilityError", "ConfigError", "DataConfig", "DataError",
-        "Dataset", "Gemma4", "Gemma4Error", "LoraConfig", "ModelError", "Plan", "Run",
+        "Dataset", "ExportError", "Gemma4", "Gemma4Error", "LoraConfig", "ModelError", "Plan", "Run",
         "TrainConfig", "TrainingError", "finetune", "load", "loss_and_grads", "read",
     ]  # fmt: skip
     for name in mlx_gemma4.__all__:
