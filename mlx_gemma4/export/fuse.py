@@ -85,9 +85,16 @@ def write_fused(
         ConfigError: a quantization that cannot be made.
         ModelError: the base cannot be read.
     """
-    options = {"quantize": quantize, "group_size": group_size, "floor": floor, "force": force}
-    base = resolve(gemma.name)
-    return _fuse(base, updates_of(gemma), Path(folder), shard_bytes=shard_bytes, **options)
+    return _fuse(
+        resolve(gemma.name),
+        updates_of(gemma),
+        Path(folder),
+        quantize=quantize,
+        group_size=group_size,
+        floor=floor,
+        force=force,
+        shard_bytes=shard_bytes,
+    )
 
 
 def fuse_adapter(
@@ -190,7 +197,7 @@ class _Fusion:
             parts = () if name is None else tuple(split_experts(name))
             updates = [self._updates.get(part) for part in parts]
             for part, update in zip(parts, updates):
-                if update is not None and problems.pop(part, None):
+                if update is not None and problems.pop(part, ""):
                     wanted = _part_shape(weight.shape, len(parts))
                     if update.shape != wanted:
                         problems[part] = f"has shape {update.shape}, the base {wanted}"
