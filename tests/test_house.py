@@ -18,7 +18,7 @@ MODULES = {
 }
 # A room may import from itself and from rooms before it.
 ORDER = ["errors", "config", "model", "nn", "gemma", "data", "export", "train", "commands"]
-UPSTREAM = {"model", "nn.lora"}
+UPSTREAM = {"model", "nn.lora", "export.receivers"}
 
 
 def room(module: str) -> str:

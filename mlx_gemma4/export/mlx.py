@@ -49,15 +49,20 @@ def to_mlx_lm(
         if own_scale != scale:
             b = b * (own_scale / scale)
         if own_rank != rank:
-            more = (0, rank - own_rank)
-            a = mx.pad(a, ((0, 0), more, (0, 0))) if a.ndim == 3 else mx.pad(a, ((0, 0), more))
-            b = mx.pad(b, ((0, 0), (0, 0), more)) if b.ndim == 3 else mx.pad(b, (more, (0, 0)))
+            # Axes of the rank: (in, R) and (R, out); of experts (E, R, in) and (E, out, R).
+            a = _widened(a, 1, rank)
+            b = _widened(b, 2 if b.ndim == 3 else 0, rank)
         folded[f"{name}.lora_a"], folded[f"{name}.lora_b"] = a, b
     saved = config["lora_parameters"]
     kept = {key: saved[key] for key in ("use_rslora", "dropout", "keys") if key in saved}
     if own and set(own.values()) != {(lora.rank, lora.scale)}:
         kept.pop("use_rslora", None)
     return {**config, "lora_parameters": {"rank": rank, "scale": scale, **kept}}, folded
+
+
+def _widened(value: mx.array, axis: int, size: int) -> mx.array:
+    pads = [(0, size - value.shape[i] if i == axis else 0) for i in range(value.ndim)]
+    return mx.pad(value, pads)
 
 
 def to_mlx_vlm(

@@ -8,12 +8,11 @@ import mlx.core as mx
 
 from ..config import LoraConfig
 from ..gemma import Gemma4
+from ..nn.lora import adapted_modules
 from ..nn.peft import to_peft
 from .mlx import Layout
 
 __all__ = ["peft_card", "peft_layout"]
-
-_CONDITIONAL, _CAUSAL = "ForConditionalGeneration", "ForCausalLM"
 
 
 def peft_layout(
@@ -26,14 +25,15 @@ def peft_layout(
             ForConditionalGeneration, which a checkpoint with towers loads as.
     """
     config, tensors = to_peft(lora, weights, gemma.backbone, causal)
-    return {**config, "base_model_name_or_path": gemma.name}, tensors
+    mapped = {"base_model_class": _class_of(gemma, causal), "parent_library": "transformers"}
+    return {**config, "base_model_name_or_path": gemma.name, "auto_mapping": mapped}, tensors
 
 
 def peft_card(lora: LoraConfig, gemma: Gemma4, *, causal: bool) -> str:
     """README.md, with the metadata by which the Hub knows an adapter and its base."""
-    unified = "Unified" if gemma.plan.is_unified else ""
-    name = f"Gemma4{unified}{_CAUSAL if causal or not gemma.plan.is_multimodal else _CONDITIONAL}"
+    name = _class_of(gemma, causal)
     kind = "DoRA" if lora.use_dora else "rsLoRA" if lora.use_rslora else "LoRA"
+    modules = ", ".join(sorted(adapted_modules(gemma.backbone)))
     return f"""\
 ---
 base_model: {gemma.name}
@@ -45,7 +45,7 @@ tags:
 
 # {kind} adapter for {gemma.name}
 
-Rank {lora.rank}, alpha {lora.alpha:g}, on {", ".join(lora.targets)}. Trained with mlx-gemma4.
+Rank {lora.rank}, alpha {lora.alpha:g}, on {modules}. Trained with mlx-gemma4.
 
 ```python
 from peft import PeftModel
@@ -55,3 +55,10 @@ model = {name}.from_pretrained("{gemma.name}", dtype="auto")
 model = PeftModel.from_pretrained(model, "PATH_OR_ID_OF_THIS_FOLDER")
 ```
 """
+
+
+def _class_of(gemma: Gemma4, causal: bool) -> str:
+    """The class of transformers whose names the adapter has."""
+    stem = "Gemma4Unified" if gemma.plan.is_unified else "Gemma4"
+    alone = causal or not gemma.plan.is_multimodal
+    return stem + ("ForCausalLM" if alone else "ForConditionalGeneration")

@@ -5,11 +5,12 @@ Shapes: T tokens, V vocabulary.
 
 from __future__ import annotations
 
-import importlib
+import contextlib
 import importlib.util
+import inspect
+import io
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,6 +35,9 @@ class Receiver(Protocol):
 
     packages: tuple[str, ...]
 
+    def unfit(self) -> str:
+        """Why the installed version cannot judge the export; empty if it can."""
+
     def load(self, base: Path) -> Any:
         """The library's model of a checkpoint folder."""
 
@@ -57,12 +61,19 @@ class MlxLm:
 
     packages: tuple[str, ...] = ("mlx_lm",)
 
+    def unfit(self) -> str:
+        return ""
+
     def load(self, base: Path) -> Any:
-        model, _ = importlib.import_module("mlx_lm.utils").load_model(base)
+        from mlx_lm.utils import load_model
+
+        model, _ = load_model(base)
         return model
 
     def attach(self, model: Any, adapter: Path) -> Any:
-        model = importlib.import_module("mlx_lm.tuner.utils").load_adapters(model, str(adapter))
+        from mlx_lm.tuner.utils import load_adapters
+
+        model = load_adapters(model, str(adapter))
         model.eval()
         return model
 
@@ -81,10 +92,26 @@ class MlxLm:
 class MlxVlm(MlxLm):
     """mlx-vlm: mlx_vlm.load(base, adapter_path=adapter), without the processor."""
 
-    packages = ("mlx_vlm",)
+    packages: tuple[str, ...] = ("mlx_vlm",)
+
+    def __init__(self, legacy: bool = False):
+        self._legacy = legacy
+
+    def unfit(self) -> str:
+        from mlx_vlm.utils import apply_lora_layers
+
+        made_by = apply_lora_layers.__globals__["get_peft_model"]
+        parameters = inspect.signature(made_by).parameters
+        if ("legacy" not in parameters) == self._legacy:
+            return ""
+        return "it has another layout; export with --format mlx-vlm" + "-legacy" * (
+            not self._legacy
+        )
 
     def load(self, base: Path) -> Any:
-        model = importlib.import_module("mlx_vlm.utils").load_model(base)
+        from mlx_vlm.utils import load_model
+
+        model = load_model(base)
         text = model.language_model.model
         unshared = getattr(text, "first_kv_shared_layer_idx", len(text.layers))
         if unshared < len(text.layers) and not inspect_backbone(model).native:
@@ -92,7 +119,10 @@ class MlxVlm(MlxLm):
         return model
 
     def attach(self, model: Any, adapter: Path) -> Any:
-        model = importlib.import_module("mlx_vlm.utils").apply_lora_layers(model, adapter)
+        from mlx_vlm.utils import apply_lora_layers
+
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints counts of parameters
+            model = apply_lora_layers(model, adapter)
         model.eval()
         return model
 
@@ -103,13 +133,16 @@ class MlxVlm(MlxLm):
 class Transformers:
     """transformers and PEFT: PeftModel.from_pretrained(model, adapter)."""
 
-    packages = ("torch", "transformers", "peft")
-
-    def __init__(self, causal: bool):
+    def __init__(self, causal: bool, merged: bool = False):
         self._causal = causal
+        self.packages: tuple[str, ...] = ("torch", "transformers") + ("peft",) * (not merged)
+
+    def unfit(self) -> str:
+        return ""
 
     def load(self, base: Path) -> Any:
-        transformers = importlib.import_module("transformers")
+        import transformers
+
         config = read_config(base)
         kind = config["model_type"].removesuffix("_text")
         text = self._causal or config["model_type"].endswith("_text")
@@ -126,7 +159,8 @@ class Transformers:
         return model.eval()
 
     def attach(self, model: Any, adapter: Path) -> Any:
-        peft = importlib.import_module("peft")
+        import peft
+
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             model = peft.PeftModel.from_pretrained(model, str(adapter))
@@ -140,21 +174,23 @@ class Transformers:
         return model.eval()
 
     def logits(self, model: Any, tokens_T: list[int]) -> np.ndarray:
-        torch = importlib.import_module("torch")
+        import torch
+
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([tokens_T]), use_cache=False).logits
         found: np.ndarray = logits[0].float().numpy()
         return found
 
     def adapter(self, model: Any) -> dict[str, np.ndarray]:
-        peft = importlib.import_module("peft")
+        import peft
+
         state: Mapping[str, Any] = peft.get_peft_model_state_dict(
             model, save_embedding_layers=False
         )
         return {name: value.float().numpy() for name, value in state.items()}
 
 
-@contextmanager
+@contextlib.contextmanager
 def _quiet(logging: Any) -> Iterator[None]:
     """transformers without its progress bar and its report of towers that are left out."""
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -20,7 +20,7 @@ import mlx.nn as nn
 
 from ..config import LoraConfig
 from ..errors import AdapterError, ConfigError, ModelError, listing
-from ..model.names import flat, is_dead, is_frozen_buffer, text_model, text_prefix
+from ..model.names import PLE_TABLE, flat, is_dead, is_frozen_buffer, text_model, text_prefix
 from ..model.plan import Plan
 from ..model.weights import load_file, mismatches, shapes_of
 from .foreign import in_our_layout
@@ -208,13 +208,14 @@ def _wanted_of_full(
     prefix, count = text_prefix(backbone), len(text_model(backbone).layers)
     first = count - int(config.get("num_layers", count))
     layers = tuple(f"{prefix}layers.{i}." for i in range(max(0, first), count))
+    aside = (prefix + "layers.", f"{prefix}{PLE_TABLE}.")
     around = any(not name.startswith(prefix + "layers.") for name in weights)
     return {
         name: value.shape
         for name, value in flat(backbone.parameters()).items()
         if name in weights
         or (name.startswith(layers) and not is_frozen_buffer(name))
-        or (around and name.startswith(prefix) and not name.startswith(prefix + "layers."))
+        or (around and name.startswith(prefix) and not name.startswith(aside))
     }
 
 
@@ -231,11 +232,27 @@ def _attach_as_saved(
             wanted=f"names such as {text_prefix(backbone)}layers.0.self_attn.q_proj.lora_a",
             do="name the model that the adapter was trained on",
         )
-    paths = keys or sorted({path for _, path in modules})
-    targets = tuple(key.removeprefix(text_prefix(backbone)) for key in paths)
-    lora = dataclasses.replace(lora, targets=targets)
-    attach_lora(backbone, resolve_targets(backbone, lora) if keys else modules, lora)
-    return lora
+    if keys:
+        targets = tuple(key.removeprefix(text_prefix(backbone)) for key in keys)
+        modules = resolve_targets(backbone, dataclasses.replace(lora, targets=targets))
+    attach_lora(backbone, modules, lora)
+    return _in_short(lora, modules, backbone)
+
+
+def _in_short(lora: LoraConfig, modules: list[tuple[int, str]], backbone: nn.Module) -> LoraConfig:
+    """The same LoRA, with targets within a layer where whole layers at the end are adapted."""
+    count = len(text_model(backbone).layers)
+    prefix = text_prefix(backbone)
+    num_layers = lora.num_layers if lora.num_layers > 0 else count
+    keys = keys_of(modules, backbone, num_layers)
+    if keys[0].startswith(prefix):
+        num_layers = count - min(index for index, _ in modules)
+        keys = keys_of(modules, backbone, num_layers)
+    return dataclasses.replace(
+        lora,
+        targets=tuple(key.removeprefix(prefix) for key in keys),
+        num_layers=num_layers if num_layers < count else -1,
+    )
 
 
 def lora_of(config: Mapping[str, Any], folder: Path, num_layers: int) -> LoraConfig:
@@ -248,9 +265,9 @@ def lora_of(config: Mapping[str, Any], folder: Path, num_layers: int) -> LoraCon
     try:
         saved = config["lora_parameters"]
         rank, rslora = int(saved["rank"]), bool(saved.get("use_rslora", False))
-        patterns = {key: saved.get(key) or None for key in ("rank_pattern", "alpha_pattern")}
+        ranks, alphas = saved.get("rank_pattern") or None, saved.get("alpha_pattern") or None
         # Twelve digits: a scale that was made from an alpha gives it back as it was.
-        alpha = saved.get("alpha") if any(patterns.values()) else None
+        alpha = saved.get("alpha") if ranks or alphas else None
         if alpha is None:
             alpha = f"{float(saved['scale']) * (rank**0.5 if rslora else rank):.12g}"
         layers = int(config.get("num_layers", -1))
@@ -261,7 +278,8 @@ def lora_of(config: Mapping[str, Any], folder: Path, num_layers: int) -> LoraCon
             num_layers=-1 if not 0 < layers < num_layers else layers,
             use_rslora=rslora,
             use_dora=config.get("fine_tune_type") == "dora",
-            **patterns,
+            rank_pattern=ranks,
+            alpha_pattern=alphas,
         )
     except (KeyError, TypeError, ValueError, ConfigError) as error:
         raise AdapterError(

@@ -18,7 +18,7 @@ import mlx.nn as nn
 from ..errors import AdapterError
 from ..model.names import text_model, text_prefix
 from ..model.plan import Plan
-from .lora import keys_of, modules_in
+from .lora import adaptable_modules, keys_of, modules_in
 from .peft import from_peft
 
 __all__ = ["in_our_layout"]
@@ -73,5 +73,7 @@ def _from_old_mlx_vlm(
             do="take the adapter's own adapter_config.json",
         ) from None
     count = len(text_model(backbone).layers)
-    keys = keys_of(modules_in(renamed, backbone), backbone, count)
+    known = adaptable_modules(backbone)
+    modules = [module for module in modules_in(renamed, backbone) if module in known]
+    keys = keys_of(modules, backbone, count)
     return {"num_layers": count, "lora_parameters": {**parameters, "keys": keys}}, renamed

@@ -46,7 +46,7 @@ def stack(
                 a, b, own = factors[path]
                 b = b if own == scale else b * (own / scale)
                 a_ERI.append(a)
-                b_EOR.append(mx.pad(b, ((0, 0), (above, width - above), (0, 0))))
+                b_EOR.append(mx.pad(b, [(0, 0), (above, width - above), (0, 0)]))
         made["gate_up_proj"] = (mx.concatenate(a_ERI, 1), mx.concatenate(b_EOR, 2), scale)
     if _DOWN in factors:
         made["down_proj"] = factors[_DOWN]
