@@ -9,7 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers import as_others_load_it, make_lora_nonzero, some_tokens
+from helpers import make_lora_nonzero, some_tokens
 
 import mlx_gemma4 as g4
 from mlx_gemma4.export import export
@@ -74,13 +74,6 @@ def assert_same(found: dict[str, mx.array], wanted: dict[str, mx.array]) -> None
     assert set(found) == set(wanted)
     for name, value in wanted.items():
         assert np.array_equal(np.array(found[name]), np.array(value)), name
-
-
-@pytest.fixture(scope="session")
-def others(checkpoints, tmp_path_factory) -> dict[str, Path]:
-    """Every family shape as mlx-lm and mlx-vlm load it."""
-    root = tmp_path_factory.mktemp("others")
-    return {shape: as_others_load_it(path, root / shape) for shape, path in checkpoints.items()}
 
 
 @pytest.fixture
@@ -281,7 +274,11 @@ def test_a_config_of_peft_that_is_not_met_is_refused(gemma, tiny, tmp_path, chan
     [
         {"target_modules": list(ALL)},
         {"target_modules": [*ALL, "lm_head"], "exclude_modules": ["lm_head"]},
-        {"layers_to_transform": list(range(6)), "layers_pattern": "layers"},
+        {
+            "target_modules": list(ALL),
+            "layers_to_transform": list(range(6)),
+            "layers_pattern": "layers",
+        },
         {"rank_pattern": {"q_proj": 4}, "lora_alpha": 6.0},
         {"inference_mode": False, "task_type": None, "peft_version": "0.99", "eva_config": {}},
     ],

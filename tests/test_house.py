@@ -87,8 +87,8 @@ def test_modules_say_what_they_are(module):
 def test_the_public_names():
     assert mlx_gemma4.__all__ == [
         "AdapterError", "Batch", "CapabilityError", "ConfigError", "DataConfig", "DataError",
-        "Dataset", "ExportError", "Gemma4", "Gemma4Error", "LoraConfig", "ModelError", "Plan", "Run",
-        "TrainConfig", "TrainingError", "finetune", "load", "loss_and_grads", "read",
+        "Dataset", "ExportError", "Gemma4", "Gemma4Error", "LoraConfig", "ModelError", "Plan",
+        "Run", "TrainConfig", "TrainingError", "finetune", "load", "loss_and_grads", "read",
     ]  # fmt: skip
     for name in mlx_gemma4.__all__:
         assert getattr(mlx_gemma4, name).__doc__, name

@@ -68,8 +68,12 @@ class Verdict:
 
 
 def probes(gemma: Gemma4) -> list[list[int]]:
-    """Token ids of the probe prompts."""
-    return [gemma.tokenizer.encode(prompt)[:_MOST_TOKENS] for prompt in PROMPTS]
+    """Token ids of the probe prompts; a tokenizer may know more of them than the model."""
+    known = [
+        [token for token in gemma.tokenizer.encode(prompt) if token < gemma.plan.vocab_size]
+        for prompt in PROMPTS
+    ]
+    return [tokens[:_MOST_TOKENS] for tokens in known if tokens]
 
 
 def logits_of(gemma: Gemma4, prompts: list[list[int]]) -> list[np.ndarray]:

@@ -193,8 +193,9 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
             raise ValueError(f"{CONFIG} is no JSON object")
         return config, load_file(folder / weights)
     except (ValueError, ModelError) as error:
+        reason = error.found if isinstance(error, ModelError) else error
         raise AdapterError(
-            f"{folder} cannot be read: {error}", wanted="whole files", do="copy the adapter again"
+            f"{folder} cannot be read: {reason}", wanted="whole files", do="copy the adapter again"
         ) from None
 
 
