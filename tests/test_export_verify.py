@@ -179,23 +179,23 @@ class Double(room.MlxLm):
     def logits(self, model, tokens_T):
         return np.array(model.logits(mx.array([tokens_T]))[0])
 
-    def adapter(self, model):
-        return {name: np.array(value) for name, value in trainable(model).items()}
+    def holds(self, model):
+        return trainable(model)
 
 
 class Deaf(Double):
     """Loads an adapter and leaves out one tensor, as mlx-lm up to 0.31 would without a word."""
 
-    def adapter(self, model):
-        return {**super().adapter(model), f"{MLX}.lora_b": np.zeros((4, 64))}
+    def holds(self, model):
+        return {**super().holds(model), f"{MLX}.lora_b": mx.zeros((4, 64))}
 
 
 class Forgetful(Double):
     def attach(self, model, adapter):
         return model
 
-    def adapter(self, model):
-        return super().adapter(self.gemma)
+    def holds(self, model):
+        return super().holds(self.gemma)
 
 
 class Elsewhere(Double):

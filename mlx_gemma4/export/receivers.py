@@ -47,8 +47,8 @@ class Receiver(Protocol):
     def logits(self, model: Any, tokens_T: list[int]) -> np.ndarray:
         """Logits (T, V), float32."""
 
-    def adapter(self, model: Any) -> dict[str, np.ndarray]:
-        """The adapter's tensors as the model holds them, by the names of the file."""
+    def holds(self, model: Any) -> dict[str, mx.array]:
+        """The adapter's tensors as the model holds them, by the names of the file, and others."""
 
 
 def missing_packages(receiver: Receiver) -> list[str]:
@@ -80,13 +80,8 @@ class MlxLm:
     def logits(self, model: Any, tokens_T: list[int]) -> np.ndarray:
         return np.array(model(mx.array([tokens_T]))[0].astype(mx.float32))
 
-    def adapter(self, model: Any) -> dict[str, np.ndarray]:
-        ends = ("lora_a", "lora_b", "m", "A", "B")
-        return {
-            name: np.array(value.astype(mx.float32))
-            for name, value in flat(model.parameters()).items()
-            if name.rpartition(".")[2] in ends
-        }
+    def holds(self, model: Any) -> dict[str, mx.array]:
+        return flat(model.parameters())
 
 
 class MlxVlm(MlxLm):
@@ -181,13 +176,13 @@ class Transformers:
         found: np.ndarray = logits[0].float().numpy()
         return found
 
-    def adapter(self, model: Any) -> dict[str, np.ndarray]:
+    def holds(self, model: Any) -> dict[str, mx.array]:
         import peft
 
         state: Mapping[str, Any] = peft.get_peft_model_state_dict(
             model, save_embedding_layers=False
         )
-        return {name: value.float().numpy() for name, value in state.items()}
+        return {name: mx.array(value.float().numpy()) for name, value in state.items()}
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ import numpy as np
 from ..errors import ExportError, Gemma4Error, ModelError, listing
 from ..gemma import Gemma4, load
 from ..model.loader import resolve
+from ..model.names import is_frozen_buffer
 from ..model.weights import load_file, mismatches, shapes_of
 from ..nn.lora import without_lora
 from .receivers import Receiver, missing_packages
@@ -112,7 +113,8 @@ def check_adapter(
     ]
     if problems:
         raise _not_as_meant(f"{folder / file}", problems)
-    problems = _other_updates(read_updates(folder, gemma.plan), updates_of(gemma))
+    meant = {n: u for n, u in updates_of(gemma).items() if not is_frozen_buffer(n)}
+    problems = _other_updates(read_updates(folder, gemma.plan), meant)
     if problems:
         raise _not_as_meant(f"what {folder} does", problems)
 
@@ -185,7 +187,7 @@ def check_logits(
     if missing := missing_packages(receiver):
         return Verdict(format, count, why_not=f"{' and '.join(missing)} not installed")
     by = f"{receiver.packages[-1].replace('_', '-')} {_version(receiver)}"
-    if unfit := receiver.unfit():
+    if is_adapter and (unfit := receiver.unfit()):
         return Verdict(format, count, why_not=f"{by} is installed, and {unfit}")
     prompts = probes(gemma)
     ours, base = logits_of(gemma, prompts), _base_logits(gemma, prompts)
@@ -201,7 +203,7 @@ def check_logits(
             do="report this; the export was not kept",
         )
     if held is not None:
-        _require_held(receiver.adapter(loaded), held, by)
+        _require_held(receiver.holds(loaded), held, by)
     theirs = [receiver.logits(loaded, tokens) for tokens in prompts]
     verdict = Verdict(format, count, by, _gap(theirs, ours), _gap(theirs, their_base))
     _judge(verdict, _gap(their_base, base), rounded)
@@ -227,18 +229,17 @@ def _judge(verdict: Verdict, base_gap: float, rounded: bool) -> None:
         )
 
 
-def _require_held(found: Mapping[str, np.ndarray], wanted: Mapping[str, mx.array], by: str) -> None:
+def _require_held(found: Mapping[str, mx.array], wanted: Mapping[str, mx.array], by: str) -> None:
     """The library holds every tensor, and what else it made for the adapter is zero."""
-    meant = {name: np.array(value.astype(mx.float32)) for name, value in wanted.items()}
-    problems = [f"not loaded  {name}" for name in sorted(meant.keys() - found)]
+    problems = [f"not loaded  {name}" for name in sorted(wanted.keys() - found)]
     problems += [
         f"other values {name}"
-        for name in sorted(meant.keys() & found)
-        if not np.array_equal(meant[name], found[name])
+        for name in sorted(wanted.keys() & found)
+        if not mx.array_equal(wanted[name].astype(mx.float32), found[name].astype(mx.float32))
     ]
     problems += [
         f"made up     {name}"
-        for name in sorted(found.keys() - meant)
+        for name in sorted(found.keys() - wanted)
         if name.endswith((".lora_b", ".B", ".lora_B.weight")) and found[name].any()
     ]
     if problems:
