@@ -16,6 +16,7 @@ import mlx_gemma4 as g4
 from mlx_gemma4.errors import run_command
 from mlx_gemma4.export import FORMATS, export
 from mlx_gemma4.export import __main__ as command
+from mlx_gemma4.export.card import kind_of
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +46,7 @@ def test_from_a_run_folder(run, others, tmp_path, capsys):
 @pytest.mark.parametrize("format", ["mlx-lm", "mlx-vlm", "mlx-vlm-legacy", "peft", "peft-causal"])
 def test_from_an_adapter_of_every_layout(run, tmp_path, format, capsys):
     export(run.gemma, tmp_path / "theirs", format, verify=False)
+    assert format.startswith(kind_of(tmp_path / "theirs"))
     model = ["--model", run.gemma.name] if format == "mlx-vlm-legacy" else []
     call(tmp_path / "theirs", "--output", tmp_path / "ours", "--no-verify", *model)
     export(run.gemma, tmp_path / "wanted", verify=False)
@@ -154,6 +156,26 @@ def test_a_base_that_is_another_member(adapter, checkpoints, tmp_path, capsys):
 def test_options_of_a_fused_model_for_an_adapter(adapter, tmp_path, capsys):
     words = (adapter, "--output", tmp_path / "out", "--quantize", 4)
     assert "quantize given for mlx-lm" in refused(capsys, tmp_path, *words)
+
+
+def test_a_name_that_no_repository_can_have(adapter, tmp_path, capsys):
+    words = (adapter, "--output", tmp_path / "out", "--push", "no name")
+    assert "is no name of a repository" in refused(capsys, tmp_path, *words)
+
+
+@pytest.mark.parametrize(("words", "private"), [([], True), (["--public"], False)])
+def test_push_is_private_unless_asked(run, tmp_path, monkeypatch, capsys, words, private):
+    asked = []
+
+    def push(output, repo, source, *, private):
+        asked.append((Path(output), repo, source, private))
+        return "https://hub/commit"
+
+    monkeypatch.setattr("mlx_gemma4.export.hub.push_folder", push)
+    out = tmp_path / "out"
+    call(run.output, "--output", out, "--push", "me/mine", "--no-verify", *words)
+    assert asked == [(out, "me/mine", run.output, private)]
+    assert capsys.readouterr().out.endswith("pushed: https://hub/commit\n")
 
 
 @pytest.mark.parametrize("words", [["--format", "onnx"], ["--quantize", "four"], ["--verify=no"]])

@@ -135,5 +135,5 @@ def test_main_lists_the_commands(capsys):
 
     main()
     printed = capsys.readouterr().out
-    for command in ("mlx_gemma4.train", "mlx_gemma4.generate"):
+    for command in ("mlx_gemma4.train", "mlx_gemma4.generate", "mlx_gemma4.export"):
         assert f"python -m {command}" in printed

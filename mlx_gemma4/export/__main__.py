@@ -16,8 +16,8 @@ from . import FORMATS, export
 
 def main(arguments: list[str] | None = None) -> None:
     given = vars(_parser().parse_args(arguments))
-    source, output, push = Path(given.pop("source")).expanduser(), given.pop("output"), None
-    push = given.pop("push")
+    source, output = Path(given.pop("source")).expanduser(), given.pop("output")
+    push, private = given.pop("push"), not given.pop("public")
     adapter = source / "adapter" if (source / "adapter").is_dir() else source
     model = given.pop("model") or _base_of(adapter)
     options = {key: value for key, value in given.items() if value is not None}
@@ -28,6 +28,10 @@ def main(arguments: list[str] | None = None) -> None:
     _require_apart(Path(output), source, adapter, model)
 
     from ..gemma import load
+    from .hub import push_folder, require_repo_id
+
+    if push:
+        require_repo_id(push)
 
     gemma = load(model, adapter=adapter)
     print(gemma)
@@ -35,9 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(line)
     print(f"exported: {output}")
     if push:
-        from .hub import push_folder
-
-        print(f"pushed: {push_folder(Path(output), push, source)}")
+        print(f"pushed: {push_folder(output, push, source, private=private)}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -67,6 +69,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--push", metavar="USER/NAME", help="upload it to the Hugging Face Hub, private by default"
+    )
+    parser.add_argument(
+        "--public", action="store_true", help="make the repository for everyone to see"
     )
     fused = parser.add_argument_group("fused models")
     fused.add_argument(

@@ -81,8 +81,9 @@ def kind_of(output: Path) -> str | None:
     if (output / "adapter_model.safetensors").exists():
         return "peft"
     if (output / "adapters.safetensors").exists():
-        # mlx-lm's config has a block of LoRA's parameters, mlx-vlm's has rank and alpha by itself.
-        return "mlx-vlm" if "rank" in _json(output / "adapter_config.json") else "mlx-lm"
+        # mlx-vlm 0.4's config has rank and alpha by itself; later ones count no layers.
+        config = _json(output / "adapter_config.json")
+        return "mlx-vlm" if "rank" in config or config.get("num_layers") == -1 else "mlx-lm"
     return "fused" if any(output.glob("model*.safetensors")) else None
 
 
