@@ -23,6 +23,7 @@ from reference import (
 from safetensors.torch import load_file
 
 import mlx_gemma4 as g4
+from mlx_gemma4.export import export
 from mlx_gemma4.export.fuse import write_fused
 from mlx_gemma4.model.capability import inspect_backbone
 from mlx_gemma4.model.kv_store import apply_kv_store
@@ -95,10 +96,14 @@ def assert_adapted(logits, fused) -> None:
     assert relative_gap(before, adapted) > 0.05
 
 
-def test_transformers(fused, shape):
+def class_of(shape: str):
+    """transformers' class of a family shape."""
     names = {"text": "Gemma4ForCausalLM", "unified": "Gemma4UnifiedForConditionalGeneration"}
-    kind = getattr(transformers, names.get(shape, "Gemma4ForConditionalGeneration"))
-    model, report = kind.from_pretrained(
+    return getattr(transformers, names.get(shape, "Gemma4ForConditionalGeneration"))
+
+
+def test_transformers(fused, shape):
+    model, report = class_of(shape).from_pretrained(
         fused[0], attn_implementation="eager", output_loading_info=True
     )
     assert not report["missing_keys"] and not report["mismatched_keys"]
@@ -150,3 +155,30 @@ def test_everything_else_is_the_bases(fused, base):
     assert "lm_head.weight" not in found
     for name in ("config.json", "tokenizer.json", "chat_template.jinja"):
         assert (fused[0] / name).exists()
+
+
+def test_peft_merges_to_the_same_weights(base, shape, tmp_path):
+    for method in ("lora", "rslora", "dora") if shape == "e2b" else ("lora",):
+        assert_peft_merges_alike(base, shape, method, tmp_path / method)
+
+
+def assert_peft_merges_alike(base: Path, shape: str, method: str, folder: Path) -> None:
+    from peft import PeftModel
+
+    gemma = g4.load(base)
+    targets = (*g4.LoraConfig().targets, *["experts"] * (shape == "moe"))
+    method_of = {"use_dora": method == "dora", "use_rslora": method == "rslora"}
+    gemma.add_lora(g4.LoraConfig(rank=4, alpha=6.0, targets=targets, **method_of))
+    make_lora_nonzero(gemma)
+    write_fused(gemma, folder / "fused")
+    export(gemma, folder / "peft", "peft", verify=False)
+    merged = PeftModel.from_pretrained(class_of(shape).from_pretrained(base), folder / "peft")
+    weights = merged.merge_and_unload().state_dict()
+    fused = load_file(folder / "fused/model.safetensors")
+    before = load_file(base / "model.safetensors")
+    changed = [name for name in fused if not torch.equal(fused[name], before[name])]
+    assert changed
+    for name in changed:
+        assert (weights[name] - fused[name]).abs().max() < 1e-5, name
+    same = fused.keys() - set(changed)
+    assert all(torch.equal(weights[name], fused[name]) for name in same & weights.keys())
