@@ -148,6 +148,19 @@ def test_the_output_is_a_file_or_holds_other_files(adapter, tmp_path, capsys):
     assert "holds other files" in told
 
 
+def test_a_file_that_is_no_export_is_kept(adapter, tmp_path, capsys):
+    (tmp_path / "thesis.txt").write_text("mine")
+    for output in (tmp_path / "thesis.txt", tmp_path):
+        told = refused(capsys, tmp_path, adapter, "--format", "gguf", "--output", output)
+        assert "is there and no .gguf file" in told
+
+
+def test_a_pickled_adapter_of_pefts(adapter, tmp_path, capsys):
+    (adapter / "adapters.safetensors").rename(adapter / "adapter_model.bin")
+    told = refused(capsys, tmp_path, adapter, "--output", tmp_path / "out")
+    assert "save_pretrained" in told
+
+
 def test_a_base_that_is_another_member(adapter, checkpoints, tmp_path, capsys):
     words = (adapter, "--output", tmp_path / "out", "--model", checkpoints["e4b"])
     assert "do not fit this model" in refused(capsys, tmp_path, *words)

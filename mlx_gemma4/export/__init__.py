@@ -128,6 +128,12 @@ def _export_fused(
 
 
 def _export_gguf(gemma: Gemma4, output: Path, verify: bool) -> list[Verdict | Survival]:
+    if output.is_dir() or (output.exists() and output.suffix != ".gguf"):
+        raise ConfigError(
+            f"{output} is there and no .gguf file",
+            wanted="a new file, or an earlier export, so that nothing is lost",
+            do="name another output, such as adapter.gguf",
+        )
     count = write_gguf(gemma, output)
     if verify:
         _, tensors = read_gguf(output)

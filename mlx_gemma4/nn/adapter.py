@@ -162,13 +162,13 @@ def require_effect(weights: Mapping[str, mx.array], backbone: nn.Module, where: 
     Raises:
         AdapterError: every lora_b is zero, and DoRA's every m the norm of its weight's rows.
     """
-    moves = any(value.any() for name, value in weights.items() if name.endswith(".lora_b"))
-    turns = any(
+    if any(value.any() for name, value in weights.items() if name.endswith(".lora_b")):
+        return
+    if not any(
         not mx.allclose(weights[f"{name}.m"], type(module).from_base(module.linear, r=1).m, 1e-5)
         for name, module in backbone.named_modules()
         if f"{name}.m" in weights
-    )
-    if not moves and not turns:
+    ):
         raise AdapterError(
             f"every lora_b of {where} is zero",
             wanted="an adapter that changes the model",
@@ -182,10 +182,13 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
     weights = "adapter_model.safetensors" if peft else WEIGHTS
     for name in (CONFIG, weights):
         if not (folder / name).exists():
+            pickled = (folder / "adapter_model.bin").exists()
             raise AdapterError(
                 f"{folder} has no {name}",
                 wanted=f"a folder with {CONFIG} and {weights}",
-                do="name the adapter folder of a run: OUTPUT/adapter",
+                do="save adapter_model.bin as safetensors with PEFT: model.save_pretrained(folder)"
+                if pickled
+                else "name the adapter folder of a run: OUTPUT/adapter",
             )
     try:
         config = json.loads((folder / CONFIG).read_text())
