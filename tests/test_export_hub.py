@@ -20,7 +20,7 @@ from mlx_gemma4.errors import ExportError
 from mlx_gemma4.export.card import kind_of, model_card
 from mlx_gemma4.export.hub import push_folder, require_repo_id
 
-TOKEN = "hf_localTestOnly0123456789"
+TOKEN = "localTestOnly0123456789"  # of no form that could be recognised
 REPO = "someone/my-gemma"
 
 
