@@ -2,6 +2,8 @@
 # make test      creates .venv, installs the project, runs the tests
 # make legacy    the same tests on the oldest stack that is supported, in .venv-legacy
 # make parity    compares with transformers and PEFT on torch, in .venv-parity and .venv-legacy
+# make verify-gguf   loads what is exported in llama.cpp, which it builds from source (10 minutes);
+#                LLAMA_CPP=folder takes the converter of a source tree of yours
 # make bench     ours beside mlx-lm: loss, step time, memory
 # make lint      ruff and mypy
 
@@ -10,8 +12,10 @@ VENV := .venv
 OPENBLAS := $(firstword $(wildcard /usr/lib/*-linux-gnu/openblas-pthread/libopenblas.so.0))
 FAST := $(if $(OPENBLAS),LD_PRELOAD=$(OPENBLAS))
 PIP := -m pip --disable-pip-version-check --quiet
+LLAMA_CPP_PYTHON := 0.3.36
+LLAMA_CPP := $(VENV)-gguf/llama_cpp_python-$(LLAMA_CPP_PYTHON)/vendor/llama.cpp
 
-.PHONY: demo test legacy parity bench lint clean
+.PHONY: demo test legacy parity verify-gguf bench lint clean
 
 demo: $(VENV)/installed
 	$(FAST) $(VENV)/bin/python -m mlx_gemma4.train
@@ -26,6 +30,9 @@ parity: $(VENV)-parity/installed $(VENV)-legacy/installed-parity
 	$(FAST) $(VENV)-parity/bin/python -m pytest tests/parity
 	$(FAST) $(VENV)-legacy/bin/python -m pytest tests/parity
 
+verify-gguf: $(VENV)-gguf/installed
+	$(FAST) $(VENV)-gguf/bin/python tools/verify_gguf.py $(LLAMA_CPP)
+
 bench: $(VENV)/installed
 	$(FAST) $(VENV)/bin/python benchmarks/run.py
 
@@ -35,7 +42,7 @@ lint: $(VENV)/installed-lint
 	$(VENV)/bin/python -m mypy
 
 clean:
-	rm -rf $(VENV) $(VENV)-legacy $(VENV)-parity runs
+	rm -rf $(VENV) $(VENV)-legacy $(VENV)-parity $(VENV)-gguf runs
 
 $(VENV)/installed: pyproject.toml
 	./tools/make-venv $(VENV)
@@ -61,4 +68,16 @@ $(VENV)-parity/installed: pyproject.toml
 $(VENV)-legacy/installed-parity: $(VENV)-legacy/installed
 	$(VENV)-legacy/bin/python $(PIP) install torch==2.13.0
 	$(VENV)-legacy/bin/python $(PIP) install --constraint tools/legacy-stack.txt --editable ".[parity]"
+	@touch $@
+
+# The source distribution of llama-cpp-python holds the llama.cpp that it builds, converter included.
+$(VENV)-gguf/installed: pyproject.toml
+	./tools/make-venv $(VENV)-gguf
+	$(VENV)-gguf/bin/python $(PIP) install torch==2.13.0
+	$(VENV)-gguf/bin/python $(PIP) install --editable ".[gguf]"
+	$(VENV)-gguf/bin/python $(PIP) download --no-deps --no-binary :all: --dest $(VENV)-gguf \
+		llama-cpp-python==$(LLAMA_CPP_PYTHON)
+	tar -xzf $(VENV)-gguf/llama_cpp_python-$(LLAMA_CPP_PYTHON).tar.gz -C $(VENV)-gguf
+	CMAKE_ARGS="-DLLAVA_BUILD=OFF $(CMAKE_ARGS)" $(VENV)-gguf/bin/python $(PIP) install \
+		$(VENV)-gguf/llama_cpp_python-$(LLAMA_CPP_PYTHON).tar.gz
 	@touch $@

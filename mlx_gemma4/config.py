@@ -129,7 +129,12 @@ class TrainConfig(_Settings):
 
 @dataclass(frozen=True)
 class LoraConfig(_Settings):
-    """LoRA: y = W x + (alpha / rank) B A x (Hu et al. 2021, arXiv:2106.09685, section 4.1)."""
+    """LoRA: y = W x + (alpha / rank) B A x (Hu et al. 2021, arXiv:2106.09685, section 4.1).
+
+    The words are PEFT's: rsLoRA divides by the root of the rank (Kalajdzievski 2023,
+    arXiv:2312.03732), DoRA learns each row's length apart from its direction (Liu et al. 2024,
+    arXiv:2402.09353), and patterns give single modules a rank or alpha of their own.
+    """
 
     rank: int = _setting(8, "rank of the adapters", prefix="lora_", at_least=1)
     alpha: float = _setting(
@@ -144,9 +149,25 @@ class LoraConfig(_Settings):
         prefix="lora_",
     )
     num_layers: int = _setting(-1, "adapt only the last N layers; -1 is all", at_least=-1)
+    use_rslora: bool = _setting(False, "scale by alpha / sqrt(rank), for high ranks")
+    use_dora: bool = _setting(False, "learn the length of each weight row too (DoRA)")
+    rank_pattern: Mapping[str, int] | None = _setting(
+        None, "ranks of single modules, in the words of lora_targets: down_proj=4"
+    )
+    alpha_pattern: Mapping[str, float] | None = _setting(
+        None, "alphas of single modules: q_proj=32 layers.0.mlp.up_proj=8"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for key, least in (("rank_pattern", 1), ("alpha_pattern", 0)):
+            for name, value in (getattr(self, key) or {}).items():
+                if not least <= value < math.inf:
+                    raise ConfigError(
+                        f"{key} gives {name} {value}",
+                        wanted=f"{least} or more",
+                        do=f"change {key}",
+                    )
         if not self.dropout < 1:
             raise ConfigError(
                 f"lora_dropout is {self.dropout}", wanted="below 1", do="change lora_dropout"
@@ -162,8 +183,12 @@ class LoraConfig(_Settings):
 
     @property
     def scale(self) -> float:
-        """The factor on the low-rank update: alpha / rank."""
-        return self.alpha / self.rank
+        """The factor on the low-rank update: alpha / rank, with rsLoRA alpha / sqrt(rank)."""
+        return self.scale_of(self.rank, self.alpha)
+
+    def scale_of(self, rank: int, alpha: float) -> float:
+        """The factor for a module's own rank and alpha."""
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
 
 # ---------------------------------------------------------------- keys, types, YAML, flags
@@ -190,6 +215,12 @@ def _coerce(value: Any, kind: Any, key: str) -> Any:
         if isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):
             return tuple(value)
         wanted = "a list of names"
+    elif origin is Mapping:
+        if isinstance(value, (list, tuple)) and all("=" in str(pair) for pair in value):
+            value = {name: _number(text) for name, _, text in (p.rpartition("=") for p in value)}
+        if isinstance(value, Mapping) and all(isinstance(name, str) for name in value):
+            return {name: _coerce(v, options[1], f"{key}.{name}") for name, v in value.items()}
+        wanted = "names with numbers, such as q_proj=16 down_proj=4"
     elif kind is bool:
         if isinstance(value, bool):
             return value
@@ -210,6 +241,16 @@ def _coerce(value: Any, kind: Any, key: str) -> Any:
     else:
         wanted = "text"
     raise ConfigError(f"{key} is {value!r}", wanted=wanted, do=f"change {key}")
+
+
+def _number(text: str) -> int | float | str:
+    """A flag's number; what is none stays text, for the message."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -293,6 +334,8 @@ def add_flags(parser: argparse.ArgumentParser, group: type[_Settings], title: st
             options["choices"] = typing.get_args(kind)
         elif typing.get_origin(kind) is tuple:
             options.update(nargs="+", metavar="NAME")
+        elif any(typing.get_origin(k) is Mapping for k in typing.get_args(kind)):
+            options.update(nargs="+", metavar="NAME=N")
         else:
             inner = next((k for k in typing.get_args(kind) if k is not type(None)), kind)
             options.update(type=inner, metavar={int: "N", float: "X"}.get(inner, "TEXT"))

@@ -8,6 +8,7 @@ Every error says three things: what was found, what was wanted, what to do.
     │   └── CapabilityError   a backbone that cannot do what was asked of it
     ├── DataError         a data file or row
     ├── AdapterError      an adapter that does not fit, or a LoRA target that is not there
+    ├── ExportError       an export that does not do what the trained model does
     └── TrainingError     a run that must not go on, such as a non-finite loss
 """
 
@@ -21,6 +22,7 @@ __all__ = [
     "CapabilityError",
     "ConfigError",
     "DataError",
+    "ExportError",
     "Gemma4Error",
     "ModelError",
     "TrainingError",
@@ -62,6 +64,10 @@ class DataError(Gemma4Error):
 
 class AdapterError(Gemma4Error):
     """An adapter or a LoRA target that does not fit the model."""
+
+
+class ExportError(Gemma4Error):
+    """An export that does not do what the trained model does."""
 
 
 class TrainingError(Gemma4Error):

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from helpers import CHAT, TEXTS, write_rows
+from helpers import CHAT, TEXTS, as_others_load_it, write_rows
 
 import mlx_gemma4 as g4
 from mlx_gemma4.model.tiny import SHAPES, build_tiny
@@ -17,6 +17,13 @@ def checkpoints(tmp_path_factory) -> dict[str, Path]:
     """A small checkpoint of every family shape, by shape name."""
     root = tmp_path_factory.mktemp("checkpoints")
     return {shape: build_tiny(root / shape, TEXTS, shape=shape, seed=1) for shape in SHAPES}
+
+
+@pytest.fixture(scope="session")
+def others(checkpoints, tmp_path_factory) -> dict[str, Path]:
+    """Every family shape as mlx-lm and mlx-vlm load it."""
+    root = tmp_path_factory.mktemp("others")
+    return {shape: as_others_load_it(path, root / shape) for shape, path in checkpoints.items()}
 
 
 @pytest.fixture(scope="session")

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
 import mlx_gemma4 as g4
+from mlx_gemma4.model.loader import build_backbone, load_backbone
 from mlx_gemma4.model.names import flat
+from mlx_gemma4.model.plan import Plan
 
 TEXTS = [
     "What is a generator? It yields values, one at a time.\n",
@@ -95,3 +99,46 @@ def assert_same_grads(ours: dict, reference: dict, tolerance: float = 1e-3) -> N
     """Every gradient within a relative tolerance of its reference."""
     name, gap = worst_gap(ours, reference)
     assert gap < tolerance, f"{name}: {gap:.2e}"
+
+
+UNIFIED_VISION = {
+    "model_type": "gemma4_unified_vision",
+    "patch_size": 2,
+    "pooling_kernel_size": 2,
+    "model_patch_size": 4,
+    "mm_embed_dim": 16,
+    "mm_posemb_size": 8,
+    "output_proj_dims": 16,
+}
+
+
+def as_others_load_it(source: Path, folder: Path) -> Path:
+    """A copy of a small checkpoint that every mlx-lm and mlx-vlm loads.
+
+    In the layout of MLX conversions, with an image tower, with no key left to the libraries'
+    defaults, and with the dead K/V weights of sharing layers that older ones want.
+    """
+    config = json.loads((source / "config.json").read_text())
+    config["text_config"].setdefault("hidden_size_per_layer_input", 0)
+    unified = config["model_type"] == "gemma4_unified"
+    if find_spec(f"mlx_vlm.models.{config['model_type']}"):
+        config["vision_config"] = UNIFIED_VISION if unified else SMALL_VISION
+    shutil.copytree(source, folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    loaded = load_backbone(source)
+    weights = flat(loaded.backbone.parameters())
+    if config["vision_config"]:
+        built = flat(build_backbone(Plan.from_config(config), config).parameters())
+        weights |= {n: v for n, v in built.items() if not n.startswith("language_model.")}
+    outer = "language_model.model."
+    for layer in loaded.plan.layers:
+        for part in ("k_proj", "v_proj", "k_norm") if layer.shares_kv else ():
+            twin = weights[f"{outer}layers.{layer.kv_source}.self_attn.{part}.weight"]
+            weights[f"{outer}layers.{layer.index}.self_attn.{part}.weight"] = 1 + twin
+    if loaded.plan.ple:
+        stored = mx.load(str(source / "model.safetensors"))
+        name = "embed_tokens_per_layer.weight"
+        weights[outer + name] = stored[f"model.language_model.{name}"]
+    mx.eval(weights)
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
+    return folder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import collections.abc
 import dataclasses
 import typing
 
@@ -27,7 +28,7 @@ FIELD_IDS = [f"{group.__name__}.{item.name}" for group, item in FIELDS]
 
 
 def key_of(group, item) -> str:
-    return "lora_" + item.name if group is LoraConfig and item.name != "num_layers" else item.name
+    return item.metadata["prefix"] + item.name
 
 
 def parser() -> argparse.ArgumentParser:
@@ -213,6 +214,8 @@ def test_a_flag_and_its_yaml_key_set_the_same_field(group, item, tmp_path):
         value = kinds[-1]
     elif typing.get_origin(hint) is tuple:
         value = ["o_proj", "up_proj"]
+    elif typing.get_origin(kinds[0]) is collections.abc.Mapping:
+        value = ["q_proj=3", "layers.0.mlp.up_proj=4"]
     else:
         value = values.get(kinds[0], 7)
     words = [*value] if isinstance(value, list) else [str(value)]

@@ -17,8 +17,8 @@ MODULES = {
     for path in PACKAGE.rglob("*.py")
 }
 # A room may import from itself and from rooms before it.
-ORDER = ["errors", "config", "model", "nn", "gemma", "data", "train", "commands"]
-UPSTREAM = {"model", "nn.lora"}
+ORDER = ["errors", "config", "model", "nn", "gemma", "data", "export", "train", "commands"]
+UPSTREAM = {"model", "nn.lora", "export.receivers"}
 
 
 def room(module: str) -> str:
@@ -87,8 +87,8 @@ def test_modules_say_what_they_are(module):
 def test_the_public_names():
     assert mlx_gemma4.__all__ == [
         "AdapterError", "Batch", "CapabilityError", "ConfigError", "DataConfig", "DataError",
-        "Dataset", "Gemma4", "Gemma4Error", "LoraConfig", "ModelError", "Plan", "Run",
-        "TrainConfig", "TrainingError", "finetune", "load", "loss_and_grads", "read",
+        "Dataset", "ExportError", "Gemma4", "Gemma4Error", "LoraConfig", "ModelError", "Plan",
+        "Run", "TrainConfig", "TrainingError", "finetune", "load", "loss_and_grads", "read",
     ]  # fmt: skip
     for name in mlx_gemma4.__all__:
         assert getattr(mlx_gemma4, name).__doc__, name
@@ -135,5 +135,5 @@ def test_main_lists_the_commands(capsys):
 
     main()
     printed = capsys.readouterr().out
-    for command in ("mlx_gemma4.train", "mlx_gemma4.generate"):
+    for command in ("mlx_gemma4.train", "mlx_gemma4.generate", "mlx_gemma4.export"):
         assert f"python -m {command}" in printed

@@ -37,7 +37,7 @@ DEAD_KV = ("k_proj", "v_proj", "k_norm", "v_norm")
 PLE_TABLE = "embed_tokens_per_layer"
 
 _TEXT_PREFIXES = ("model.language_model.", "language_model.model.")
-_LAYER = re.compile(r"layers\.(\d+)\.self_attn\.(\w+)\.(?:weight|bias|scales|biases|lora_[ab])")
+_LAYER = re.compile(r"layers\.(\d+)\.self_attn\.(\w+)\.(?:weight|bias|scales|biases|lora_[ab]|m)")
 _BUFFER = re.compile(r"(^|\.)(layer_scalar|(input|output)_(min|max))$")
 
 

@@ -24,18 +24,9 @@ import numpy as np
 from ..errors import ModelError
 from .plan import Plan
 from .quantize import packed_as
-from .weights import StoredTensor
+from .weights import DTYPES, StoredTensor
 
 __all__ = ["DiskEmbedding", "GatheredRows", "PerLayerRows"]
-
-# safetensors' name -> (numpy's dtype of the same width, MLX's dtype)
-_DTYPES = {
-    "F32": (np.float32, mx.float32),
-    "F16": (np.float16, mx.float16),
-    "BF16": (np.uint16, mx.bfloat16),
-    "U32": (np.uint32, mx.uint32),
-    "U8": (np.uint8, mx.uint8),
-}
 
 
 @dataclass(frozen=True)
@@ -159,14 +150,14 @@ class _RowFile:
     """Reads rows of one stored matrix. The file stays open, and closes with this object."""
 
     def __init__(self, tensor: StoredTensor):
-        if tensor.dtype not in _DTYPES:
+        if tensor.dtype not in DTYPES:
             raise ModelError(
                 f"the PLE table in {tensor.path} has dtype {tensor.dtype}",
-                wanted="one of " + ", ".join(_DTYPES),
+                wanted="one of " + ", ".join(DTYPES),
                 do="convert the checkpoint",
             )
         self._tensor = tensor
-        self._stored, self.dtype = _DTYPES[tensor.dtype]
+        self._stored, self.dtype = DTYPES[tensor.dtype]
         self._file = tensor.path.open("rb", buffering=0)
 
     def read(self, rows_R: np.ndarray) -> np.ndarray:

@@ -11,12 +11,16 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from ..errors import ModelError, listing
 
 __all__ = [
+    "DTYPES",
+    "INDEX",
     "StoredTensor",
     "load_file",
     "load_tensors",
@@ -25,7 +29,16 @@ __all__ = [
     "shapes_of",
 ]
 
-_INDEX = "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
+
+# safetensors' name -> (numpy's dtype of the same width, MLX's dtype)
+DTYPES: dict[str, tuple[Any, mx.Dtype]] = {
+    "F32": (np.float32, mx.float32),
+    "F16": (np.float16, mx.float16),
+    "BF16": (np.uint16, mx.bfloat16),
+    "U32": (np.uint32, mx.uint32),
+    "U8": (np.uint8, mx.uint8),
+}
 
 
 @dataclass(frozen=True)
@@ -46,7 +59,7 @@ def read_index(folder: Path) -> dict[str, StoredTensor]:
         ModelError: no weights, a shard of the index is missing, a file is cut short, or the
             index names a tensor that its shard does not hold.
     """
-    index_path = folder / _INDEX
+    index_path = folder / INDEX
     placed: dict[str, str] = {}
     if index_path.exists():
         try:
@@ -61,7 +74,7 @@ def read_index(folder: Path) -> dict[str, StoredTensor]:
         missing = [path.name for path in files if not path.exists()]
         if missing:
             raise ModelError(
-                f"{_INDEX} names files that are not there:{listing(missing)}",
+                f"{INDEX} names files that are not there:{listing(missing)}",
                 wanted="every shard",
                 do="download the missing files",
             )
@@ -86,7 +99,7 @@ def read_index(folder: Path) -> dict[str, StoredTensor]:
     lost = sorted(set(placed) - set(tensors))
     if lost:
         raise ModelError(
-            f"{_INDEX} names tensors that no shard holds:{listing(lost)}",
+            f"{INDEX} names tensors that no shard holds:{listing(lost)}",
             wanted="an index and shards of the same checkpoint",
             do="download the checkpoint again",
         )

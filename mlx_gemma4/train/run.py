@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..export import export
 from ..gemma import Gemma4
-from ..nn.adapter import save_adapter
 
 __all__ = ["Run"]
 
@@ -47,9 +47,15 @@ class Run:
         axes.grid(alpha=0.3)
         return figure
 
-    def export(self, folder: str | Path) -> Path:
-        """Write the adapter in mlx-lm's layout; returns the folder."""
-        save_adapter(self.gemma.backbone, folder, self.gemma.lora, self.gemma.name)
+    def export(self, folder: str | Path, format: str = "mlx-lm", **options: Any) -> Path:
+        """Write the trained model for another library, and prove it there; returns the folder.
+
+        Args:
+            format: mlx-lm, mlx-vlm, mlx-vlm-legacy, peft, peft-causal, fused or gguf.
+            options: as in `mlx_gemma4.export.export`; `verify=False` leaves the proof out.
+        """
+        for verdict in export(self.gemma, folder, format, **options):
+            print(verdict)
         return Path(folder)
 
     def __repr__(self) -> str:

@@ -1,0 +1,197 @@
+"""The model card of an export: what it is, what it was made from and how, and how to load it.
+
+A card tells settings and results. Paths of the machine that trained it stay at home: of a local
+model or data file only the name is given.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+__all__ = ["kind_of", "model_card"]
+
+_LIBRARY = {"mlx-lm": "mlx", "mlx-vlm": "mlx", "peft": "peft", "fused": "transformers"}
+_PATHS = ("model", "data", "output", "resume")
+
+_USE = {
+    "mlx-lm": """\
+```python
+from huggingface_hub import snapshot_download
+from mlx_lm import generate, load
+
+model, tokenizer = load("{base}", adapter_path=snapshot_download("{repo}"))
+```""",
+    "mlx-vlm": """\
+```python
+from huggingface_hub import snapshot_download
+from mlx_vlm import generate, load
+
+model, processor = load("{base}", adapter_path=snapshot_download("{repo}"))
+```""",
+    "peft": """\
+```python
+from peft import PeftModel
+from transformers import {architecture}
+
+base = {architecture}.from_pretrained("{base}", dtype="auto")
+model = PeftModel.from_pretrained(base, "{repo}")
+```""",
+    "fused": """\
+```python
+from mlx_lm import generate, load  # text
+
+model, tokenizer = load("{repo}")
+```
+
+```python
+from mlx_vlm import generate, load  # with images and audio
+
+model, processor = load("{repo}")
+```
+{transformers}""",
+    "gguf": """\
+```bash
+hf download {repo} {file} --local-dir .
+llama-cli -m BASE.gguf --lora {file} -p "..."
+```
+
+`BASE.gguf` is {base}, converted with llama.cpp's `convert_hf_to_gguf.py`.""",
+}
+_TRANSFORMERS = """
+```python
+from transformers import {architecture}
+
+model = {architecture}.from_pretrained("{repo}", dtype="auto")
+```"""
+
+
+def kind_of(output: Path) -> str | None:
+    """What an export is, by its files: mlx-lm, mlx-vlm, peft, fused or gguf; None if none of them.
+
+    The GGUF format is a file; the others are folders.
+    """
+    if output.is_file():
+        return "gguf" if output.suffix == ".gguf" else None
+    if (output / "adapter_model.safetensors").exists():
+        return "peft"
+    if (output / "adapters.safetensors").exists():
+        # mlx-vlm 0.4's config has rank and alpha by itself; later ones count no layers.
+        config = _json(output / "adapter_config.json")
+        return "mlx-vlm" if "rank" in config or config.get("num_layers") == -1 else "mlx-lm"
+    return "fused" if any(output.glob("model*.safetensors")) else None
+
+
+def model_card(output: Path, repo_id: str, source: Path | None = None) -> str:
+    """README.md for an export.
+
+    Args:
+        output: the export; a folder, for GGUF a file.
+        repo_id: where it will lie, for the code that loads it.
+        source: the run or adapter that it was made from, for data, settings and losses.
+    """
+    kind = kind_of(output) or "fused"
+    run = _run_of(source)
+    summary = _json(run / "summary.json") if run else {}
+    settings = _settings(run / "config.yaml") if run else {}
+    base = str(summary.get("model") or _base_of(output, source) or "the base model")
+    hub = _is_hub_id(base)
+    shown = base if hub else Path(base).name
+    head: dict[str, Any] = {"base_model": base} if hub else {}
+    head |= {"library_name": _LIBRARY[kind]} if kind in _LIBRARY else {}
+    head["tags"] = ["gemma4", "mlx-gemma4", *(["lora"] if kind != "fused" else []), kind]
+    what = "Fine-tuned model" if kind == "fused" else "Adapter"
+    parts = [
+        f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
+        f"# {repo_id.split('/')[-1]}",
+        f"{what} made from {shown} with mlx_gemma4; format {kind}.",
+    ]
+    if summary:
+        parts += ["## Data", _data(summary, settings), "## Losses", _losses(summary)]
+    if settings:
+        rows = {k: v for k, v in settings.items() if k not in _PATHS and v is not None}
+        parts += ["## Settings", _table("setting", rows)]
+    parts += ["## How to load it", _use(kind, output, shown, repo_id)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _use(kind: str, output: Path, base: str, repo: str) -> str:
+    config = _json(output / "config.json") if output.is_dir() else {}
+    mapped = _json(output / "adapter_config.json").get("auto_mapping") if output.is_dir() else None
+    names = [*config.get("architectures", ()), (mapped or {}).get("base_model_class")]
+    architecture = next(filter(None, names), "Gemma4ForConditionalGeneration")
+    words = {"base": base, "repo": repo, "architecture": architecture, "file": output.name}
+    plain = "" if "quantization" in config else _TRANSFORMERS.format(**words)
+    return _USE[kind].format(transformers=plain, **words).rstrip()
+
+
+def _data(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    rows = {
+        "source": Path(str(summary.get("data"))).name,
+        "learned tokens": settings.get("train_on"),
+        "longest example": settings.get("max_seq_length"),
+        "steps": summary.get("steps"),
+    }
+    return _table("data", {key: value for key, value in rows.items() if value is not None})
+
+
+def _losses(summary: Mapping[str, Any]) -> str:
+    rows = {
+        "training, last report": summary.get("train_loss"),
+        "held-out, before": summary.get("val_loss_before"),
+        "held-out, after": summary.get("val_loss"),
+        "test": summary.get("test_loss"),
+    }
+    known = {key: f"{value:.4f}" for key, value in rows.items() if value is not None}
+    return _table("nats per target token", known) if known else "None were measured."
+
+
+def _table(title: str, rows: Mapping[str, Any]) -> str:
+    lines = [f"| {title} | |", "|---|---|"]
+    for key, value in rows.items():
+        text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        lines.append(f"| {key} | {text.replace('|', chr(92) + '|')} |")
+    return "\n".join(lines)
+
+
+def _run_of(source: Path | None) -> Path | None:
+    """The run that a run's folder is, or that an adapter's folder belongs to."""
+    for folder in (source, source.parent) if source else ():
+        if (folder / "summary.json").exists():
+            return folder
+    return None
+
+
+def _base_of(output: Path, source: Path | None) -> str | None:
+    for folder in (source / "adapter" if source else None, source, output):
+        config = _json(folder / "adapter_config.json") if folder else {}
+        base = config.get("base_model_name_or_path") or config.get("model")
+        if base:
+            return str(base)
+    return None
+
+
+def _is_hub_id(name: str) -> bool:
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).exists()
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A JSON object; an empty one where there is none to read."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -1,0 +1,273 @@
+"""Proof of an export: read it back by the format's rules, then load it where it is for.
+
+The rules: exactly the tensors that were meant, with their values, and our own reader makes the
+trained update of them. The library: the base alone and with the export must give what ours give,
+on a few prompts, and the export must move the logits.
+
+Shapes: T tokens, V vocabulary, O what a weight gives, I what it takes.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ..errors import ExportError, Gemma4Error, ModelError, listing
+from ..gemma import Gemma4, load
+from ..model.loader import resolve
+from ..model.names import is_frozen_buffer
+from ..model.weights import load_file, mismatches, shapes_of
+from ..nn.lora import without_lora
+from .receivers import Receiver, missing_packages
+from .updates import LowRank, Update, Whole, read_updates, updates_of
+
+__all__ = ["Verdict", "check_adapter", "check_logits", "logits_of", "probes"]
+
+PROMPTS = (
+    "What is a list? A list holds values, one after another.",
+    "Open the file, read a line, and return the sum of its numbers.",
+    "def area(width, height):\n    return width * height\n",
+)
+EXACT = 1e-4  # logits of one float32 model in two libraries
+_MOST_TOKENS = 48
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was seen of an export.
+
+    Attributes:
+        format: as asked for.
+        tensors: how many it has.
+        by: the library that loaded it, with its version; None if none did.
+        difference: largest difference of its logits from the trained model's in memory.
+        moved_by: largest difference of its logits from the base's, in that library.
+        why_not: why no library loaded it.
+    """
+
+    format: str
+    tensors: int
+    by: str | None = None
+    difference: float = 0.0
+    moved_by: float = 0.0
+    why_not: str = ""
+
+    def __str__(self) -> str:
+        counted = f"{self.format}: {self.tensors} tensors"
+        if self.by is None:
+            return f"{counted} keep the format's rules; not run: {self.why_not}"
+        return (
+            f"{counted}, loaded by {self.by}, largest logit difference {self.difference:.1e}, "
+            f"moved by {self.moved_by:.3g}"
+        )
+
+
+def probes(gemma: Gemma4) -> list[list[int]]:
+    """Token ids of the probe prompts; a tokenizer may know more of them than the model."""
+    known = [
+        [token for token in gemma.tokenizer.encode(prompt) if token < gemma.plan.vocab_size]
+        for prompt in PROMPTS
+    ]
+    return [tokens[:_MOST_TOKENS] for tokens in known if tokens]
+
+
+def logits_of(gemma: Gemma4, prompts: list[list[int]]) -> list[np.ndarray]:
+    """Ours, (T, V) for each prompt, through the training forward."""
+    gemma.backbone.eval()
+    return [np.array(gemma.logits(mx.array([tokens]))[0]) for tokens in prompts]
+
+
+def check_adapter(
+    gemma: Gemma4,
+    folder: Path,
+    tensors: Mapping[str, mx.array],
+    file: str,
+) -> None:
+    """An adapter folder against the format's rules, without its library.
+
+    Args:
+        gemma: the trained model.
+        tensors: what the file must hold, by name.
+        file: the name of the file.
+
+    Raises:
+        ExportError: with the name of every tensor that is missing, extra, misshapen or other.
+        AdapterError: our reader of the format refuses the folder.
+    """
+    try:
+        found = load_file(folder / file)
+    except ModelError as error:
+        raise ExportError(error.found, wanted=error.wanted, do="export it again") from None
+    problems = mismatches(shapes_of(found), shapes_of(tensors))
+    problems += [
+        f"other values {name}"
+        for name in sorted(found.keys() & tensors)
+        if found[name].shape == tensors[name].shape
+        and not mx.array_equal(found[name], tensors[name])
+    ]
+    if problems:
+        raise _not_as_meant(f"{folder / file}", problems)
+    meant = {n: u for n, u in updates_of(gemma).items() if not is_frozen_buffer(n)}
+    problems = _other_updates(read_updates(folder, gemma.plan), meant)
+    if problems:
+        raise _not_as_meant(f"what {folder} does", problems)
+
+
+def _not_as_meant(what: str, problems: list[str]) -> ExportError:
+    return ExportError(
+        f"{len(problems)} tensors of {what} are not those that were trained:{listing(problems)}",
+        wanted="exactly the trained adapter; the export was not kept",
+        do="export it again, and report this if it stays",
+    )
+
+
+def _other_updates(found: Mapping[str, Update], wanted: Mapping[str, Update]) -> list[str]:
+    """Weights whose update is not the trained one; lora_b lora_a is compared on a few vectors."""
+    problems = [f"missing     {name}" for name in sorted(wanted.keys() - found)]
+    problems += [f"unexpected  {name}" for name in sorted(found.keys() - wanted)]
+    for name in sorted(found.keys() & wanted):
+        one, other = found[name], wanted[name]
+        same = one.shape == other.shape and type(one) is type(other)
+        if same and isinstance(one, LowRank) and isinstance(other, LowRank):
+            same = _same_product(one, other)
+        elif same and isinstance(one, Whole) and isinstance(other, Whole):
+            same = bool(mx.array_equal(one.value, other.value))
+        if not same:
+            problems.append(f"other update {name}")
+    return problems
+
+
+def _same_product(one: LowRank, other: LowRank) -> bool:
+    probe_I4 = mx.random.normal((one.shape[-1], 4), key=mx.random.key(0))
+    made, meant = (
+        u.scale * (u.b.astype(mx.float32) @ (u.a.astype(mx.float32) @ probe_I4))
+        for u in (one, other)
+    )
+    if one.magnitude is None or other.magnitude is None:
+        turned = one.magnitude is not other.magnitude
+    else:
+        turned = not mx.array_equal(one.magnitude, other.magnitude)
+    if turned:
+        return False
+    return float(mx.abs(made - meant).max()) <= 1e-5 * float(mx.abs(meant).max())
+
+
+def check_logits(
+    gemma: Gemma4,
+    format: str,
+    receiver: Receiver,
+    export: Path,
+    count: int,
+    *,
+    is_adapter: bool = True,
+    held: Mapping[str, mx.array] | None = None,
+    rounded: bool = False,
+) -> Verdict:
+    """Load an export in the library that it is for, and compare.
+
+    Args:
+        gemma: the trained model.
+        export: the folder to load.
+        count: how many tensors it has.
+        is_adapter: load it onto the base; else it is a model by itself.
+        held: the tensors that the library must hold after loading, by name.
+        rounded: the export's weights are the trained ones to fewer digits, so its logits may
+            differ by half of what it moves.
+
+    Raises:
+        ExportError: the library does not hold the tensors, computes other logits, or those of the
+            base.
+    """
+    if missing := missing_packages(receiver):
+        return Verdict(format, count, why_not=f"{' and '.join(missing)} not installed")
+    by = f"{receiver.packages[-1].replace('_', '-')} {_version(receiver)}"
+    if is_adapter and (unfit := receiver.unfit()):
+        return Verdict(format, count, why_not=f"{by} is installed, and {unfit}")
+    prompts = probes(gemma)
+    ours, base = logits_of(gemma, prompts), _base_logits(gemma, prompts)
+    loaded = _attempt(receiver.load, resolve(gemma.name))
+    if isinstance(loaded, str):
+        return Verdict(format, count, why_not=f"{by} does not load the base: {loaded}")
+    their_base = [receiver.logits(loaded, tokens) for tokens in prompts]
+    loaded = _attempt(*((receiver.attach, loaded) if is_adapter else (receiver.load,)), export)
+    if isinstance(loaded, str):
+        raise ExportError(
+            f"{by} does not load {export}: {loaded}",
+            wanted="an export that its library loads",
+            do="report this; the export was not kept",
+        )
+    if held is not None:
+        _require_held(receiver.holds(loaded), held, by)
+    theirs = [receiver.logits(loaded, tokens) for tokens in prompts]
+    verdict = Verdict(format, count, by, _gap(theirs, ours), _gap(theirs, their_base))
+    _judge(verdict, _gap(their_base, base), rounded)
+    return verdict
+
+
+def _judge(verdict: Verdict, base_gap: float, rounded: bool) -> None:
+    """A base that differs by itself, as one of low precision does, lets the export differ more."""
+    if not verdict.moved_by:
+        raise ExportError(
+            f"in {verdict.by} the export changes no logit",
+            wanted="the trained model",
+            do="train it first, or report this",
+        )
+    allowed = max(EXACT, 3 * base_gap, verdict.moved_by / 2 if rounded else 0)
+    lost = base_gap > max(EXACT, verdict.moved_by)
+    if lost or not verdict.difference <= allowed:
+        raise ExportError(
+            f"in {verdict.by} logits differ from the trained model's by {verdict.difference:.2e}, "
+            f"and the base's by {base_gap:.2e}; the export moves them by {verdict.moved_by:.2e}",
+            wanted=f"at most {allowed:.2e}, and a base that differs less than the export moves it",
+            do="report this; --no-verify exports all the same",
+        )
+
+
+def _require_held(found: Mapping[str, mx.array], wanted: Mapping[str, mx.array], by: str) -> None:
+    """The library holds every tensor, and what else it made for the adapter is zero."""
+    problems = [f"not loaded  {name}" for name in sorted(wanted.keys() - found)]
+    problems += [
+        f"other values {name}"
+        for name in sorted(wanted.keys() & found)
+        if not mx.array_equal(wanted[name].astype(mx.float32), found[name].astype(mx.float32))
+    ]
+    problems += [
+        f"made up     {name}"
+        for name in sorted(found.keys() - wanted)
+        if name.endswith((".lora_b", ".B", ".lora_B.weight")) and found[name].any()
+    ]
+    if problems:
+        raise _not_as_meant(f"the adapter in {by}", problems)
+
+
+def _base_logits(gemma: Gemma4, prompts: list[list[int]]) -> list[np.ndarray]:
+    if gemma.lora is None:
+        return logits_of(load(gemma.name), prompts)
+    with without_lora(gemma.backbone):
+        return logits_of(gemma, prompts)
+
+
+def _attempt(action: Callable[..., Any], *arguments: Any) -> Any:
+    """What an upstream function gives, or in one line why it fails."""
+    try:
+        return action(*arguments)
+    except Gemma4Error:
+        raise
+    except Exception as error:  # anything: it is another library's
+        text = str(error).strip() or type(error).__name__
+        return f"{type(error).__name__}: {text.splitlines()[0]}"[:200]
+
+
+def _gap(one: list[np.ndarray], other: list[np.ndarray]) -> float:
+    gaps = [np.abs(a - b).max() for a, b in zip(one, other)]
+    return float(max(gaps)) if np.isfinite(gaps).all() else float("inf")
+
+
+def _version(receiver: Receiver) -> str:
+    return importlib.metadata.version(receiver.packages[-1])
