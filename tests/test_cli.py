@@ -402,7 +402,7 @@ def test_a_bad_row(tiny, tmp_path, capsys, line, message):
 
 def test_an_example_beyond_max_seq_length(tiny, tmp_path, capsys):
     data = bad_rows(tmp_path, {"text": "Open the file. " * 30})
-    told = refused(capsys, tmp_path, tiny, data)
+    told = refused(capsys, tmp_path, tiny, data, "--overlong", "error")
     assert "train.jsonl:2 has " in told
     assert "at most max_seq_length, 96" in told
     assert "overlong" in told
