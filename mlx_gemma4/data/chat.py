@@ -8,6 +8,8 @@ empty thought into the generation prompt, which the full rendering does not have
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,12 +19,35 @@ from ..model.tokenizer import END_OF_TURN
 from .batches import Example
 from .formats import Row
 
-__all__ = ["encode"]
+__all__ = ["encode", "encode_rows"]
 
 _ANSWER = re.compile(r"<\|turn>model\n(.*?<turn\|>)", re.DOTALL)
 
 
-def encode(row: Row, tokenizer: Any, train_on: str) -> Example:
+def encode_rows(
+    rows: Sequence[Row],
+    tokenizer: Any,
+    train_on: str,
+    thinking: str = "keep",
+    notes: Counter[str] | None = None,
+) -> list[Example | DataError]:
+    """`encode` for many rows; an error stands in its row's place."""
+    results: list[Example | DataError] = []
+    for row in rows:
+        try:
+            results.append(encode(row, tokenizer, train_on, thinking, notes))
+        except DataError as error:
+            results.append(error)
+    return results
+
+
+def encode(
+    row: Row,
+    tokenizer: Any,
+    train_on: str,
+    thinking: str = "keep",
+    notes: Counter[str] | None = None,
+) -> Example:
     """Tokens of a row, and which of them are targets.
 
     A conversation's targets are the text of its assistant turns and the `<turn|>` that ends each:
