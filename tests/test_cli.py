@@ -111,7 +111,7 @@ def test_help_lists_every_flag_with_what_it_does(capsys):
         assert len(entry[0].replace(flag, "").split()) >= 4, entry[0]
     assert "python -m mlx_gemma4.train --model google/gemma-4-E2B-it --data my_data/" in told
     assert "{lora,full}" in told
-    assert "{assistant,last,all}" in told
+    assert "{assistant,last,all,completion}" in told
     for title in ("what is read and written:", "data:", "training:", "LoRA:"):
         assert f"\n{title}\n" in told
 
