@@ -24,6 +24,7 @@ _STUMBLES = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError
 """What a template raises, besides Jinja's own errors, when it stumbles over a row."""
 
 _THOUGHT = re.compile(r"<\|channel>.*?<channel\|>", re.DOTALL)
+_CALLED = re.compile(r"<\|tool_(call|response)>.*?<tool_\1\|>", re.DOTALL)
 _GENERATION = re.compile(r"{%-?\s*generation\s*-?%}")
 
 
@@ -207,7 +208,8 @@ def _require_all(row: Row, text: str) -> None:
         for number, turn in enumerate(row.messages, 1)
         if turn["role"] in ("system", "user") and turn["content"].strip() not in text
     ]
-    lost += [f"the tool {name}" for tool in row.tools if (name := _name(tool)) not in text]
+    declared = _CALLED.sub("", text) if row.tools else ""
+    lost += [f"the tool {name}" for tool in row.tools if (name := _name(tool)) not in declared]
     if lost:
         raise DataError(
             f"{row.origin}: the chat template leaves out {', '.join(lost)}",
