@@ -18,30 +18,34 @@ from typing import Any
 
 from ..config import DataConfig, LoraConfig, RunConfig, TrainConfig, add_flags, build, read_yaml
 from ..errors import ConfigError, run_command
-from ..model.plan import Plan
+from ..model.plan import Plan, read_config
 
 
 @dataclass(frozen=True)
-class _TextSide:
+class TextSide:
     """A model without its weights."""
 
     plan: Plan
     tokenizer: Any
 
 
+def text_side(path_or_hub_id: str | Path) -> TextSide:
+    """Plan and tokenizer of a model; its weights are neither downloaded nor read."""
+    from ..model.loader import resolve
+    from ..model.tokenizer import load_tokenizer
+
+    folder = resolve(path_or_hub_id, weights=False)
+    return TextSide(Plan.from_config(read_config(folder)), load_tokenizer(folder))
+
+
 def main(arguments: list[str] | None = None) -> None:
     options, model, data, config, batch_size = _settings(arguments)
 
-    from ..model.loader import resolve
-    from ..model.plan import read_config
-    from ..model.tokenizer import load_tokenizer
     from .dataset import read
     from .report import report
     from .show import page
 
-    folder = resolve(model, weights=False)
-    plan = Plan.from_config(read_config(folder))
-    dataset = read(data, _TextSide(plan, load_tokenizer(folder)), config)
+    dataset = read(data, text_side(model), config)
     figures = dataset.stats(batch_size)
     if options["html"]:
         _write(Path(options["html"]), page(dataset, figures, max(options["show"], 20)))

@@ -101,11 +101,11 @@ def _kind(head: bytes, suffix: str) -> str:
         return "parquet"
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
         return "text in UTF-16"
-    if b"\0" in head:
+    first = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+    if b"\0" in head and first not in (b"{", b"["):
         return "a binary file"
     if suffix in (".csv", ".tsv"):
         return "csv"
-    first = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
     if first == b"[":
         return "json"
     if first == b"{" or suffix in (".jsonl", ".ndjson", ".json"):

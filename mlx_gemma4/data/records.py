@@ -105,7 +105,7 @@ def _jsonl(file: DataFile) -> Iterator[tuple[int, Raw]]:
                 while (rest := stream.readline(MOST_BYTES)) and not rest.endswith(b"\n"):
                     pass
                 yield number, _too_long(file.origin(number))
-            elif not line.isspace():
+            elif line.strip():
                 yield number, line
 
 
@@ -113,14 +113,17 @@ def _json(file: DataFile) -> Iterator[tuple[int, Raw]]:
     """The items of an array, or values one after the other; never more than a few in memory."""
     with open_bytes(file) as stream:
         text = _JsonText(file, io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape"))
-        in_array = text.peek() == "["
-        closer = "]" if in_array else ""
-        text.at += in_array
-        while text.peek() != closer:
-            yield text.value()
-            if in_array and text.peek() != "]":
-                text.expect(",")
-        text.at += in_array
+        if text.peek() == "[":
+            text.at += 1
+            more = text.peek() != "]"
+            while more:
+                yield text.value()
+                more = text.peek() == ","
+                text.at += more
+            text.expect("]")
+        else:
+            while text.peek():
+                yield text.value()
         if text.peek():
             raise _not_json(file.origin(text.line), ValueError("text after the last value"))
 
@@ -153,7 +156,7 @@ class _JsonText:
 
     def expect(self, character: str) -> None:
         if self.peek() != character:
-            raise self._error(ValueError(f"no {character!r} between values"))
+            raise self._error(ValueError(f"no comma or {character!r} behind a value"))
         self.at += 1
 
     def value(self) -> tuple[int, Raw]:

@@ -22,7 +22,7 @@ _BAR = 40
 def stats(dataset: Dataset, batch_size: int) -> dict[str, Any]:
     """All figures of a dataset, fit for JSON."""
     facts, splits = dataset.facts, {name: _examples(dataset, name) for name in SPLITS}
-    seen = {name: set(np.unique(part.digests).tolist()) for name, part in splits.items()}
+    seen = {name: np.unique(part.digests) for name, part in splits.items()}
     return {
         "source": dataset.source,
         "formats": dict(dataset.formats),
@@ -38,7 +38,7 @@ def stats(dataset: Dataset, batch_size: int) -> dict[str, Any]:
         "notes": dict(facts.notes),
         "splits": {name: _split(part, seen[name]) for name, part in splits.items() if part},
         "across_splits": {
-            f"{a} and {b}": len(seen[a] & seen[b])
+            f"{a} and {b}": len(np.intersect1d(seen[a], seen[b], assume_unique=True))
             for a, b in (("train", "valid"), ("train", "test"), ("valid", "test"))
             if splits[a] and splits[b]
         },
@@ -51,7 +51,7 @@ def _examples(dataset: Dataset, split: str) -> Examples:
     return part if isinstance(part, Examples) else Examples.of(part)
 
 
-def _split(examples: Examples, kinds: set[int]) -> dict[str, Any]:
+def _split(examples: Examples, kinds: np.ndarray) -> dict[str, Any]:
     lengths = examples.lengths
     tokens, targets = int(lengths.sum()), int(examples.targets.sum())
     edges = np.unique(np.ceil(np.linspace(0, lengths.max(), _BINS + 1)).astype(int))
@@ -76,14 +76,13 @@ def _epoch(lengths: np.ndarray, batch_size: int) -> dict[str, Any]:
     """Batches of an epoch and the share of padding in them, as `collate` makes them."""
     if not len(lengths):
         return {"batch_size": batch_size, "batches": 0, "padding": 0.0}
-    batches = -(-len(lengths) // batch_size)
-    filled = 0
+    starts = np.arange(0, len(lengths), batch_size)
     order = batch_order(len(lengths), batch_size, seed=0)
-    for _ in range(batches):
-        _, picked = next(order)
-        filled += int(lengths[picked].max()) * len(picked)
+    picked = lengths[np.concatenate([next(order)[1] for _ in starts])]
+    sizes = np.diff([*starts, len(lengths)])
+    filled = int((np.maximum.reduceat(picked, starts) * sizes).sum())
     padding = 1 - int(lengths.sum()) / filled
-    return {"batch_size": batch_size, "batches": batches, "padding": padding}
+    return {"batch_size": batch_size, "batches": len(starts), "padding": padding}
 
 
 def summary(dataset: Dataset) -> str:

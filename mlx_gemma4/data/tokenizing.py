@@ -30,7 +30,7 @@ from .formats import Manner, Row, column_map, row_of
 from .records import Raw
 from .store import Encoded, Facts
 
-__all__ = ["Chunk", "Task", "Workers", "chunks", "encode_chunk"]
+__all__ = ["Chunk", "Task", "Workers", "chunks", "cores", "encode_chunk"]
 
 _ROWS, _BYTES = 1000, 1 << 20
 
@@ -165,7 +165,7 @@ class Workers:
 
     def __init__(self, task: Task, count: int | None = None):
         self._task = task
-        self._count = count or _cores()
+        self._count = count or cores()
         self._own = threading.local()
         self._processes: list[subprocess.Popen[bytes]] = []
         self._threads: ThreadPoolExecutor | None = None
@@ -230,7 +230,8 @@ class Workers:
         return process
 
 
-def _cores() -> int:
+def cores() -> int:
+    """Cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

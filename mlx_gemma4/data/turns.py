@@ -84,7 +84,7 @@ def _role(turn: Any, where: str) -> str:
 
 
 def _turn(turn: dict, role: str, where: str) -> dict[str, Any]:
-    content = turn["value"] if "from" in turn else turn.get("content")
+    content = turn.get("value" if "from" in turn else "content")
     normal: dict[str, Any] = {"role": role, "content": _content(content, role, where)}
     thoughts = [turn[key] for key in _REASONING if turn.get(key)]
     if isinstance(content, list):
