@@ -20,7 +20,8 @@ from .agreement import agree, agree_with_generation
 from .batches import Example
 from .formats import Row
 from .rendering import Rendering, render
-from .spans import MARKERS, TURN, Mark, Span, find_marks, model_turns, stretches, user_turns
+from .spans import Span, model_turns, stretches, user_turns
+from .vocabulary import Vocabulary
 
 __all__ = ["encode", "encode_rows"]
 
@@ -73,17 +74,16 @@ def encode_rows(
     notes: Counter[str] | None = None,
 ) -> list[Example | DataError]:
     """`encode` for many rows in one call of the tokenizer; an error stands in its row's place."""
-    vocabulary = _Vocabulary(tokenizer)
+    vocabulary = Vocabulary(tokenizer)
     results: list[Any] = []
     for row in rows:
         try:
-            results.append(render(row, tokenizer, thinking))
+            results.append(render(row, vocabulary, thinking))
         except DataError as error:
             results.append(error)
     rendered = [i for i, result in enumerate(results) if isinstance(result, Rendering)]
-    for i, ids in zip(rendered, _tokenize(tokenizer, [results[i].text for i in rendered])):
+    for i, tokens in zip(rendered, vocabulary.tokenize([results[i].text for i in rendered])):
         try:
-            tokens = np.array(ids, np.int32)
             mask, dropped = _targets(results[i], tokens, vocabulary, train_on, thinking)
             if notes is not None:
                 _note(results[i], dropped, notes)
@@ -103,65 +103,11 @@ def _note(rendering: Rendering, dropped: int, notes: Counter[str]) -> None:
             notes[what] += int(count)
 
 
-def _tokenize(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    """The ids that `tokenizer(texts)` gives, without the lists that nobody reads."""
-    backend = tokenizer.backend_tokenizer
-    backend.no_truncation()
-    backend.no_padding()
-    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
-
-
-class _Vocabulary:
-    """What a tokenizer makes of the markers."""
-
-    def __init__(self, tokenizer: Any):
-        self.tokenizer = tokenizer
-        ids = {marker: tokenizer.convert_tokens_to_ids(marker) for marker in MARKERS}
-        self.ids = {m: i for m, i in ids.items() if i not in (None, tokenizer.unk_token_id)}
-        self.is_marker = np.zeros(len(tokenizer), bool)
-        self.is_marker[list(self.ids.values())] = True
-        self.header = _tokenize(tokenizer, [TURN + "model\n"])[0][1:]
-
-    def require_one_bos(self, tokens: np.ndarray, origin: str) -> None:
-        bos, count = (
-            self.tokenizer.bos_token,
-            np.count_nonzero(tokens == self.tokenizer.bos_token_id),
-        )
-        if count != 1 or tokens[0] != self.tokenizer.bos_token_id:
-            raise DataError(
-                f"{origin} has {count} {bos} tokens when rendered",
-                wanted="one, at the start",
-                do=f"remove {bos} from the row's text" if count else "use Gemma 4's own template",
-            )
-
-    def locate(self, text: str, tokens: np.ndarray, origin: str) -> list[Mark]:
-        """The markers of a text with their tokens: the nth marker is the nth such token."""
-        marks = [mark for mark in find_marks(text) if mark.marker in self.ids]
-        places = np.flatnonzero(self.is_marker[tokens])
-        whole = [self.ids[mark.marker] for mark in marks] == tokens[places].tolist()
-        marks = [mark._replace(token=int(place)) for mark, place in zip(marks, places)]
-        if not whole or not all(self._header_is_whole(text, tokens, mark) for mark in marks):
-            raise DataError(
-                f"{origin}: the tokenizer joins the chat template's markers with other text",
-                wanted=f"a token for each of {' '.join(MARKERS)}, and for what stands between them",
-                do="use the tokenizer of the checkpoint",
-            )
-        return marks
-
-    def _header_is_whole(self, text: str, tokens: np.ndarray, mark: Mark) -> bool:
-        """Whether a model turn's text begins at a token of its own, or with white space."""
-        if mark.marker != TURN or not text.startswith("model\n", mark.end):
-            return True
-        first = mark.token + 1
-        written = tokens[first : first + len(self.header)].tolist()
-        return written == self.header or text[mark.end + len("model\n")].isspace()
-
-
 # ---------------------------------------------------------------- text -> targets
 
 
 def _targets(
-    rendering: Rendering, tokens: np.ndarray, vocabulary: _Vocabulary, train_on: str, thinking: str
+    rendering: Rendering, tokens: np.ndarray, vocabulary: Vocabulary, train_on: str, thinking: str
 ) -> tuple[np.ndarray, int]:
     """The mask of a rendering, and how many thoughts of its row the template left out."""
     origin = rendering.row.origin

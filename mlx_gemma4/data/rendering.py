@@ -17,6 +17,7 @@ from ..errors import DataError
 from ..model.tokenizer import END_OF_TURN
 from .formats import Row
 from .spans import MARKER, TURN, find_marks, spans_of
+from .vocabulary import Vocabulary
 
 __all__ = ["Rendering", "render"]
 
@@ -49,7 +50,7 @@ class Rendering:
     removed: int = 0
 
 
-def render(row: Row, tokenizer: Any, thinking: str) -> Rendering:
+def render(row: Row, vocabulary: Vocabulary, thinking: str) -> Rendering:
     """The text of a row: `<bos> text <eos>`, or what `apply_chat_template` gives.
 
     Where a thought of the row is in the rendering, the template is told `enable_thinking`.
@@ -59,15 +60,16 @@ def render(row: Row, tokenizer: Any, thinking: str) -> Rendering:
             what the model could never write.
     """
     if row.shape == "text":
-        text = row.text.removeprefix(tokenizer.bos_token).removesuffix(tokenizer.eos_token)
-        return Rendering(row, tokenizer.bos_token + text + tokenizer.eos_token)
+        text = row.text.removeprefix(vocabulary.bos).removesuffix(vocabulary.eos)
+        return Rendering(row, vocabulary.bos + text + vocabulary.eos)
+    tokenizer = vocabulary.tokenizer
     if not tokenizer.chat_template:
         raise DataError(
             f"{row.origin} is a conversation and the tokenizer has no chat template",
             wanted="chat_template.jinja, as the instruction-tuned (-it) checkpoints have it",
             do="train an -it checkpoint, or use text rows",
         )
-    _refuse_unlearnable(row, tokenizer)
+    _refuse_unlearnable(row, vocabulary)
     thoughts = [thought for turn in row.messages for thought in _thoughts(turn)]
     messages: Sequence[dict[str, Any]] = row.messages
     if thoughts:
@@ -134,9 +136,9 @@ def _thoughts(turn: dict[str, Any]) -> list[str]:
 # ---------------------------------------------------------------- markers within the row's text
 
 
-def _refuse_unlearnable(row: Row, tokenizer: Any) -> None:
+def _refuse_unlearnable(row: Row, vocabulary: Vocabulary) -> None:
     """No answer can hold what ends or opens a turn: generation would stop there."""
-    never = (TURN, END_OF_TURN, tokenizer.bos_token, tokenizer.eos_token)
+    never = (TURN, END_OF_TURN, vocabulary.bos, vocabulary.eos)
     for number, turn in enumerate(row.messages, 1):
         if not isinstance(turn["content"], str):
             raise DataError(
@@ -147,7 +149,7 @@ def _refuse_unlearnable(row: Row, tokenizer: Any) -> None:
         if turn["role"] != "assistant":
             continue
         found = [marker for marker in never if marker in turn["content"]]
-        for inner in (turn.get("reasoning", ""), *_strings(turn.get("tool_calls", ()))):
+        for inner in _strings((turn.get("reasoning"), turn.get("tool_calls"))):
             found += [marker for marker in never if marker in inner]
             found += [mark.marker for mark in find_marks(inner) if mark.marker not in found]
         if found:
@@ -167,6 +169,7 @@ def _forged(
     are then missing are the row's own.
     """
     others = [turn for turn in messages if turn["role"] != "assistant"]
+    others = [turn for turn in others if "|" in turn["content"] or len(turn) > 2]
     if not any(MARKER.search(string) for string in _strings([others, options["tools"]])):
         return frozenset()
     tame = [turn if turn["role"] == "assistant" else _tame(turn) for turn in messages]
