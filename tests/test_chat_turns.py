@@ -158,10 +158,12 @@ def test_thoughts_that_the_template_strips_are_counted(tokenizer):
 def test_thinking_is_asked_for_only_where_a_thought_is_shown(tokenizer):
     shows = "{%- if enable_thinking -%}{{- '<|turn>system\\n<|think|><turn|>\\n' -}}{%- endif -%}"
     without = STRIPS_EARLIER_THOUGHTS.replace("if m.reasoning and", "if m.nothing and")
+    # A thought that is also a word of the answer is not thereby shown.
+    agent = [{**turn, "reasoning": "It"} if "reasoning" in turn else turn for turn in AGENT]
     for template, asked in ((STRIPS_EARLIER_THOUGHTS, True), (without, False)):
         tokenizer.chat_template = template.replace("{{- bos_token -}}", "{{- bos_token -}}" + shows)
         notes = Counter()
-        example = encode(row(*AGENT), tokenizer, "assistant", notes=notes)
+        example = encode(row(*agent), tokenizer, "assistant", notes=notes)
         assert ("<|think|>" in tokenizer.decode(example.tokens)) == asked
         assert notes == {DROPPED: 2 if asked else 3}
     plain = encode(

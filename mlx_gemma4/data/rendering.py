@@ -11,12 +11,13 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 from ..errors import DataError
 from ..model.tokenizer import END_OF_TURN
 from .formats import Row
-from .spans import MARKER, TURN, find_marks, spans_of
+from .spans import MARKER, TURN, find_marks, model_turns, spans_of
 from .vocabulary import Vocabulary
 
 __all__ = ["Rendering", "render"]
@@ -78,7 +79,7 @@ def render(row: Row, vocabulary: Vocabulary, thinking: str) -> Rendering:
     tools = list(row.tools) or None
     options: dict[str, Any] = {"tools": tools, "tokenize": False, "enable_thinking": True}
     text = _apply(row, tokenizer, messages, options) if shown else ""
-    if not any(thought in text for thought in shown):
+    if not _shows(text, shown):
         del options["enable_thinking"]
         text = _apply(row, tokenizer, messages, options)
     _require_all(row, text)
@@ -131,6 +132,11 @@ def _thoughts(turn: dict[str, Any]) -> list[str]:
     if "<|channel>" in turn["content"]:
         thoughts += [span.text for span in spans_of(turn["content"]) if span.kind == "thought"]
     return [thought for thought in thoughts if thought]
+
+
+def _shows(text: str, thoughts: list[str]) -> bool:
+    spans = chain(*model_turns(text, find_marks(text), 0, 0))
+    return any(span.kind == "thought" and span.text in thoughts for span in spans)
 
 
 # ---------------------------------------------------------------- markers within the row's text
