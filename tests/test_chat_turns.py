@@ -155,6 +155,16 @@ def test_thoughts_that_the_template_strips_are_counted(tokenizer):
     assert notes == {DROPPED: 2}
 
 
+def test_a_thought_within_the_text_that_the_template_strips_is_counted(tokenizer):
+    tokenizer.chat_template = STRIPS_EARLIER_THOUGHTS.replace(
+        "{{- m.content +", "{{- (m.content.split('<channel|>') | last) +"
+    )
+    said = {"role": "assistant", "content": "<|channel>thought\nEasy.\n<channel|>It is 4."}
+    notes = Counter()
+    assert learned(row(AGENT[4], said), tokenizer, notes=notes) == "It is 4.<turn|>"
+    assert notes == {DROPPED: 1}
+
+
 def test_thinking_is_asked_for_only_where_a_thought_is_shown(tokenizer):
     shows = "{%- if enable_thinking -%}{{- '<|turn>system\\n<|think|><turn|>\\n' -}}{%- endif -%}"
     without = STRIPS_EARLIER_THOUGHTS.replace("if m.reasoning and", "if m.nothing and")
