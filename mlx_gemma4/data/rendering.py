@@ -82,8 +82,8 @@ def render(row: Row, vocabulary: Vocabulary, thinking: str) -> Rendering:
     if not _shows(text, shown):
         del options["enable_thinking"]
         text = _apply(row, tokenizer, messages, options)
-    _require_all(row, text)
     forged = _forged(row, tokenizer, messages, options, text)
+    _require_all(row, text, forged)
     generated = None
     if _marks_generation(tokenizer.get_chat_template(None, tools)):
         options |= {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
@@ -210,15 +210,18 @@ def _strings(value: Any) -> Iterator[str]:
 # ---------------------------------------------------------------- nothing silent
 
 
-def _require_all(row: Row, text: str) -> None:
+def _require_all(row: Row, text: str, forged: frozenset[int]) -> None:
     """System text, questions and tools must be there; answers are held against the text later."""
     lost = [
         f"turn {number} ({turn['role']})"
         for number, turn in enumerate(row.messages, 1)
         if turn["role"] in ("system", "user") and turn["content"].strip() not in text
     ]
-    declared = _CALLED.sub("", text) if row.tools else ""
-    lost += [f"the tool {name}" for tool in row.tools if (name := _name(tool)) not in declared]
+    if row.tools:
+        for char in forged:
+            text = text[:char] + " " + text[char + 1 :]
+        text = _CALLED.sub("", text)
+    lost += [f"the tool {name}" for tool in row.tools if (name := _name(tool)) not in text]
     if lost:
         raise DataError(
             f"{row.origin}: the chat template leaves out {', '.join(lost)}",
