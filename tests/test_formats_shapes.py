@@ -1,4 +1,4 @@
-"""Every accepted shape of rows: the table of docs/data.md, run; and the paths that media may take."""
+"""Every accepted shape of rows: the table of docs/data.md, run; and where media may lie."""
 
 from __future__ import annotations
 

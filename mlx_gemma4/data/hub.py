@@ -16,7 +16,7 @@ from .records import Raw, without_nulls
 
 __all__ = ["HubSplit", "find_splits", "is_hub_source"]
 
-_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(?<!\.jsonl)(?<!\.json)(?<!\.csv)(?<!\.parquet)")
 
 
 @dataclass(frozen=True)

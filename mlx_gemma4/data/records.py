@@ -71,6 +71,8 @@ _DECODER = json.JSONDecoder(parse_constant=_constant)
 
 def _not_json(origin: str, error: Exception) -> DataError:
     told = "nested too deep" if isinstance(error, RecursionError) else str(error)
+    if isinstance(error, json.JSONDecodeError):
+        told = f"{error.msg}, column {error.colno}"
     return DataError(
         f"{origin} is not JSON: {told}",
         wanted="one JSON object a line",

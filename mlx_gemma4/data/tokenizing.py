@@ -206,7 +206,7 @@ class Workers:
             process.stdin.flush()
             result = pickle.load(process.stdout)
         except (OSError, EOFError, pickle.UnpicklingError) as error:
-            code = process.poll() if process else None
+            code = process.wait(10) if process else None
             raise DataError(
                 f"a tokenizing process ended (exit code {code}): {error}",
                 wanted="enough memory for one process per core",
