@@ -12,6 +12,7 @@ from styles import EMPTY_THOUGHT_PROMPT, MARKS_GENERATION, STRIPS_EARLIER_THOUGH
 from mlx_gemma4.data.chat import encode, encode_rows
 from mlx_gemma4.data.formats import Row
 from mlx_gemma4.errors import DataError
+from mlx_gemma4.model.tiny import CHAT_TEMPLATE
 from mlx_gemma4.model.tokenizer import load_tokenizer
 
 TOOL = {"type": "function", "function": {"name": "add", "description": "Adds two numbers."}}
@@ -107,6 +108,19 @@ def test_a_call_written_into_the_text_is_learned_and_a_result_is_not(tokenizer):
     said = "<|tool_call>call:add{a:1}<tool_call|><|tool_response>response:add{3}<tool_response|>3."
     text = learned(row(AGENT[0], {"role": "assistant", "content": said}), tokenizer)
     assert text == "<|tool_call>call:add{a:1}<tool_call|><|tool_response>3.<turn|>"
+
+
+def test_a_turn_that_goes_on_after_its_end_is_learned_without_the_line_between(tokenizer):
+    opens = "loop.previtem['role'] == 'tool'"
+    assert opens in CHAT_TEMPLATE
+    tokenizer.chat_template = CHAT_TEMPLATE.replace(opens, "loop.previtem['role'] != 'user'")
+    more = row(
+        AGENT[0], *({"role": "assistant", "content": text} for text in ("Let me see.", "3."))
+    )
+    text = tokenizer.decode(encode(more, tokenizer, "assistant").tokens)
+    assert text.endswith("<|turn>model\nLet me see.<turn|>\n3.<turn|>\n")
+    assert learned(more, tokenizer) == "Let me see.<turn|>3.<turn|>"
+    assert learned(more, tokenizer, "last") == "3.<turn|>"
 
 
 @pytest.mark.parametrize("marker", ["<turn|>", "<tool_call|>", "<|tool_response>", "<eos>"])
