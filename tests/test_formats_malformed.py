@@ -71,6 +71,7 @@ LINES = {
     "text that is a number": (b'{"text": 5}', "has text '5'"),
     "half a surrogate pair": (b'{"text": "\\ud83d"}', "half of a surrogate pair"),
     "the other half, in a turn": (chat(USER, {**ANSWER, "content": "\udc4d"}), "surrogate pair"),
+    "a half in the name of an argument": (calling(named({"\udc4d": 1})), "surrogate pair"),
     "an escaped NUL": (b'{"text": "a\\u0000b"}', "NUL character"),
     "a NUL in a tool's name": (calling({"function": {"name": "f\0"}}), "NUL character"),
     "a tool call 60 deep": (
