@@ -38,17 +38,21 @@ words = st.sampled_from(
      "é", "🙂", "漢字", "<|think|>", '<|"|>', "<|turn", "turn|>", "<", "|>", "{{ 7 }}", "{% if %}",
      "call:add{}", "<|tool>", "<0x41>", "\u200b", "\xa0"]
 )  # fmt: skip
-harmless = st.lists(words | st.text(letters, max_size=6), max_size=5).map("".join)
+harmless = st.lists(words | st.lists(letters, max_size=6).map("".join), max_size=5).map("".join)
 
 
 def said_by_the_model(text: str) -> bool:
-    return not any(marker in text for marker in MARKERS)
+    return not any(marker in text for marker in (*MARKERS, "<bos>", "<eos>"))
 
 
 answers = harmless.filter(said_by_the_model)
 thoughts = answers.filter(str.strip)
-others = st.lists(words | st.sampled_from(MARKERS) | st.text(letters, max_size=6), max_size=6).map(
-    "".join
+others = (
+    st.lists(
+        words | st.sampled_from(MARKERS) | st.lists(letters, max_size=6).map("".join), max_size=6
+    )
+    .map("".join)
+    .filter(lambda text: "<bos>" not in text)
 )
 values = answers | st.integers() | st.booleans() | st.none() | st.lists(st.integers(), max_size=2)
 tool_names = st.sampled_from(["add", "look_up", "weather"])
