@@ -221,26 +221,39 @@ class _Reader:
         return Store.open(cached(key, lambda folder: self._build(folder, source)), source.place)
 
     def _build(self, folder: Path, source: DataFile | HubSplit) -> None:
-        from tqdm.auto import tqdm
+        from tqdm import tqdm
 
         self._workers = self._workers or Workers(self._task)
-        name = source.place.rstrip(":").removesuffix(":row ")
-        with tqdm(desc=f"tokenizing {name}", unit=" rows", disable=None) as bar:
-            encoded = self._workers.encode(_jobs(source))
-            self._filled(StoreWriter(folder), source, encoded, bar.update)
+        plain = source.label == "jsonl"
+        rows = len(source.table) if isinstance(source, HubSplit) else None
+        with tqdm(
+            desc=f"tokenizing {source.place.rsplit('/', 1)[-1].split(':')[0]}",
+            total=source.size if plain else rows,
+            unit="B" if plain else " rows",
+            unit_scale=True,
+            disable=None,
+            dynamic_ncols=True,
+            leave=False,
+        ) as bar:
+
+            def handed_out() -> Iterator[Chunk]:
+                for job in _jobs(source):
+                    yield job
+                    sizes = (len(raw) if isinstance(raw, bytes) else 0 for _, raw in job.rows)
+                    bar.update(sum(sizes) if plain else len(job.rows))
+
+            self._filled(StoreWriter(folder), source, self._workers.encode(handed_out()))
 
     def _filled(
         self,
         writer: StoreWriter,
         source: DataFile | HubSplit,
         encoded: Iterable[Encoded],
-        advance: Any = lambda rows: None,
     ) -> Store:
         count = 0
         for part in encoded:
             writer.add(part)
             count += len(part.lengths)
-            advance(len(part.lengths))
         if not count:
             facts = writer.facts
             long = f"{facts.skipped} were too long" if facts.skipped else ""
