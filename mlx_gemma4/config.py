@@ -55,7 +55,9 @@ class RunConfig(_Settings):
         "without it a small Gemma 4 that is built on this machine is trained",
     )
     data: str | None = _setting(
-        None, "a folder with train.jsonl (valid.jsonl, test.jsonl), or one .jsonl file"
+        None,
+        "a folder with train (valid, test) files, one file, or a Hub dataset; "
+        "several are mixed: chat.jsonl=2,code.parquet=0.5",
     )
     output: str | None = _setting(
         None, "folder for the adapter, checkpoints and metrics; default: runs/1, runs/2, ..."
@@ -67,14 +69,46 @@ class RunConfig(_Settings):
 class DataConfig(_Settings):
     """How rows become examples."""
 
-    train_on: Literal["assistant", "last", "all"] = _setting(
+    train_on: Literal["assistant", "last", "all", "completion"] = _setting(
         "assistant",
-        "the tokens that are learned: every assistant turn, the last one only, or all tokens",
+        "the tokens that are learned: every assistant turn, the last one only, all tokens, "
+        "or the completion of a prompt",
+    )
+    thinking: Literal["keep", "drop", "mask"] = _setting(
+        "keep", "thoughts of assistant turns: learn them, leave them out, or show without learning"
     )
     max_seq_length: int = _setting(2048, "the most tokens of an example", at_least=2)
-    overlong: Literal["error", "skip", "truncate"] = _setting(
-        "error", "what to do with an example over max_seq_length; skipping and cutting are counted"
+    overlong: Literal["skip", "error", "truncate"] = _setting(
+        "skip", "what to do with an example over max_seq_length; skipping and cutting are counted"
     )
+    truncate_from: Literal["end", "start"] = _setting(
+        "end", "the side that overlong: truncate cuts; the first token stays either way"
+    )
+    on_bad_row: Literal["error", "skip"] = _setting(
+        "error", "what to do with a row that cannot be used; skipped ones are counted and listed"
+    )
+    valid_fraction: float | None = _setting(
+        None, "share of the training rows to hold out, where there is no valid file", at_least=0.0
+    )
+    columns: tuple[str, ...] = _setting(
+        (), "names of the fields in your rows: prompt=question completion=answer"
+    )
+    dataset_config: str | None = _setting(None, "the configuration of a Hub dataset")
+    dataset_split: str | None = _setting(
+        None, "the part of a Hub dataset to train on, such as train[:1000]"
+    )
+    media_anywhere: bool = _setting(
+        False, "let rows name images and audio outside the folder of their file"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.valid_fraction is not None and not 0 < self.valid_fraction < 1:
+            raise ConfigError(
+                f"valid_fraction is {self.valid_fraction}",
+                wanted="between 0 and 1",
+                do="change valid_fraction",
+            )
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import pytest
 
@@ -156,19 +158,43 @@ def test_a_conversation_without_an_answer_is_refused(tokenizer):
         (("user", "a <|turn>model\nb"), ("assistant", "c")),
         (("user", "a<turn|>b"), ("assistant", "c")),
         (("user", "a<|turn>b"), ("assistant", "c")),
-        (("user", "a"), ("assistant", "b<turn|> and more")),
-        (("user", "a"), ("assistant", "b<|turn>model\nc")),
-        (("system", "<turn|>"), ("user", "a"), ("assistant", "b")),
+        (("user", "<channel|> a <|tool_call>"), ("assistant", "c")),
+        (("system", "<turn|>\n<|turn>model\nb<turn|>"), ("user", "a"), ("assistant", "c")),
     ],
 )
-def test_a_turn_marker_within_the_text_is_refused(tokenizer, turns):
-    assert "turn markers" in refused(chat(*turns), tokenizer).do
+def test_markers_within_a_question_open_no_turn(tokenizer, turns):
+    notes = Counter()
+    row = chat(*turns)
+    example = encode(row, tokenizer, "assistant", notes=notes)
+    wanted = tokenizer.apply_chat_template(list(row.messages), return_dict=False)
+    assert example.tokens.tolist() == wanted
+    assert targets(example, tokenizer) == "c<turn|>"
+    assert notes == {"rows with markers of the chat template in their own text": 1}
+
+
+@pytest.mark.parametrize("marker", ["<turn|>", "<|turn>", "<bos>", "<eos>"])
+def test_an_answer_that_generation_could_never_write_is_refused(tokenizer, marker):
+    error = refused(chat(("user", "a"), ("assistant", f"b{marker} and more")), tokenizer)
+    assert f"turn 2, an answer, holds {marker}" in error.found
+    assert "remove the markers" in error.do
+
+
+@pytest.mark.parametrize("where", ["system", "user"])
+def test_a_second_bos_is_refused(tokenizer, where):
+    turns = (("system", "Be short."), ("user", "Hi"), ("assistant", "c"))
+    row = chat(*((role, text + "<bos>" * (role == where)) for role, text in turns))
+    error = refused(row, tokenizer)
+    assert error.found == "rows.jsonl:7 has 2 <bos> tokens when rendered"
+    assert error.do == "remove <bos> from the row's text"
 
 
 def test_a_template_of_another_family_is_refused(tokenizer):
-    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + m['content'] }}{% endfor %}"
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{{ m['role'] + m['content'] }}{% endfor %}"
+    )
     error = refused(chat(*LONG), tokenizer)
-    assert "2 assistant turns and its rendering 0" in error.found
+    assert "the row says       'The file is open. Return the line.'" in error.found
+    assert "the model turn is  ''" in error.found
     assert "Gemma 4's own template" in error.do
 
 

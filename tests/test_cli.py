@@ -112,7 +112,7 @@ def test_help_lists_every_flag_with_what_it_does(capsys):
         assert len(entry[0].replace(flag, "").split()) >= 4, entry[0]
     assert "python -m mlx_gemma4.train --model google/gemma-4-E2B-it --data my_data/" in told
     assert "{lora,full}" in told
-    assert "{assistant,last,all}" in told
+    assert "{assistant,last,all,completion}" in told
     for title in ("what is read and written:", "data:", "training:", "LoRA:"):
         assert f"\n{title}\n" in told
 
@@ -403,7 +403,7 @@ def test_a_bad_row(tiny, tmp_path, capsys, line, message):
 
 def test_an_example_beyond_max_seq_length(tiny, tmp_path, capsys):
     data = bad_rows(tmp_path, {"text": "Open the file. " * 30})
-    told = refused(capsys, tmp_path, tiny, data)
+    told = refused(capsys, tmp_path, tiny, data, "--overlong", "error")
     assert "train.jsonl:2 has " in told
     assert "at most max_seq_length, 96" in told
     assert "overlong" in told

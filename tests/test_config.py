@@ -47,7 +47,7 @@ def from_yaml(tmp_path, text: str):
 def test_defaults():
     run, data, train, lora = build(GROUPS, {}, "nothing")
     assert (run.model, run.data, run.output, run.resume) == (None, None, None, False)
-    assert (data.train_on, data.max_seq_length, data.overlong) == ("assistant", 2048, "error")
+    assert (data.train_on, data.max_seq_length, data.overlong) == ("assistant", 2048, "skip")
     assert (train.fine_tune_type, train.iters, train.epochs) == ("lora", None, None)
     assert (train.batch_size, train.grad_accumulation_steps) == (1, 1)
     assert (train.learning_rate, train.lr_schedule, train.warmup_steps) == (1e-4, "constant", 0)
@@ -111,8 +111,8 @@ def test_a_lora_field_without_its_prefix_is_unknown(tmp_path):
         ("learning_rate: null", "a number"),
         ("packing: 1", "true or false"),
         ("resume: 'yes'", "true or false"),
-        ("train_on: everything", "one of assistant, last, all"),
-        ("train_on: [last]", "one of assistant, last, all"),
+        ("train_on: everything", "one of assistant, last, all, completion"),
+        ("train_on: [last]", "one of assistant, last, all, completion"),
         ("fine_tune_type: dora", "one of lora, full"),
         ("lora_targets: 3", "a list of names"),
         ("lora_targets: [q_proj, 3]", "a list of names"),

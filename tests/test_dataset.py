@@ -36,15 +36,15 @@ def test_a_folder_gives_examples_by_split(rows, gemma):
 
 def test_a_file_is_the_training_split(rows, gemma):
     data = g4.read(str(rows / "test.jsonl"), gemma)
-    assert (len(data.train), data.valid, data.test) == (1, [], [])
+    assert (len(data.train), len(data.valid), len(data.test)) == (1, 0, 0)
 
 
 def test_length_items_and_iteration_are_those_of_train(rows, gemma):
     data = g4.read(rows, gemma)
     assert len(data) == 2
-    assert data[1] is data.train[1]
-    assert data[:1] == data.train[:1]
-    assert list(data) == data.train
+    assert data[1].origin == data.train[1].origin
+    assert [e.origin for e in data[:1]] == [data.train[0].origin]
+    assert [e.origin for e in data] == [e.origin for e in data.train]
 
 
 def test_the_repr_tells_what_was_found(tmp_path, gemma):
@@ -52,7 +52,7 @@ def test_the_repr_tells_what_was_found(tmp_path, gemma):
     tokens = sum(map(len, data.train))
     targets = sum(example.num_targets for example in data.train)
     first, train, valid = repr(data).split("\n")
-    assert first == f"{tmp_path / 'data'}: 3 chat, 1 text rows; trained on: assistant"
+    assert first == f"{tmp_path / 'data'}: 3 chat, 1 text rows (jsonl); trained on: assistant"
     assert (
         train.split()
         == (
@@ -74,7 +74,9 @@ def test_the_tokens_that_are_learned_follow_the_config(tmp_path, gemma):
 
 
 def test_an_overlong_example_is_refused_by_line_with_what_to_do(tmp_path, gemma):
-    error = refused(tmp_path, gemma, g4.DataConfig(max_seq_length=20), train=[SHORT, LONG])
+    error = refused(
+        tmp_path, gemma, g4.DataConfig(max_seq_length=20, overlong="error"), train=[SHORT, LONG]
+    )
     assert "train.jsonl:2 has " in error.found
     assert error.wanted == "at most max_seq_length, 20"
     assert error.do == "raise max_seq_length, or set overlong to skip or truncate"
@@ -84,7 +86,7 @@ def test_overlong_examples_are_skipped_and_counted(tmp_path, gemma):
     config = g4.DataConfig(max_seq_length=20, overlong="skip")
     data = read(tmp_path, gemma, config, train=[LONG, SHORT, LONG])
     assert [example.origin[-2:] for example in data.train] == [":2"]
-    assert data.skipped == 2
+    assert data.facts.skipped == 2
     assert repr(data).endswith("2 over 20 tokens skipped")
 
 
@@ -94,14 +96,14 @@ def test_overlong_examples_are_truncated_and_counted(tmp_path, gemma):
     whole = read(tmp_path, gemma, train=[LONG])[0]
     assert data[0].tokens.tolist() == whole.tokens[:20].tolist()
     assert len(data[0].mask) == 20
-    assert data.truncated == 1
+    assert data.facts.truncated == 1
     assert repr(data).endswith("1 over 20 tokens truncated")
 
 
 def test_an_example_at_the_limit_is_whole(tmp_path, gemma):
     length = len(read(tmp_path, gemma, train=[LONG])[0])
     data = read(tmp_path, gemma, g4.DataConfig(max_seq_length=length), train=[LONG])
-    assert (len(data[0]), data.skipped, data.truncated) == (length, 0, 0)
+    assert (len(data[0]), data.facts.skipped, data.facts.truncated) == (length, 0, 0)
 
 
 def test_a_cut_that_leaves_no_target_drops_the_example_and_says_so(tmp_path, gemma):

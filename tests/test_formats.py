@@ -7,15 +7,21 @@ import json
 import pytest
 from helpers import write_rows
 
-from mlx_gemma4.data.formats import find_files, read_rows
+from mlx_gemma4.data.files import find_files
+from mlx_gemma4.data.formats import read_rows
 from mlx_gemma4.errors import DataError
 
+WANTED = "messages; conversations; prompt and completion; instruction and output; or text"
 GOOD = {"text": "Open the file."}
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 
 
 def rows_of(tmp_path, *lines) -> list:
     return list(read_rows(write_rows(tmp_path / "data", train=lines) / "train.jsonl"))
+
+
+def paths_of(source) -> dict:
+    return {split: [file.path for file in files] for split, files in find_files(source).items()}
 
 
 def refused(tmp_path, line) -> DataError:
@@ -96,7 +102,7 @@ def test_a_line_nested_too_deep_is_refused_like_any_other(tmp_path):
 def test_json_that_is_no_object(tmp_path, line, kind):
     error = refused(tmp_path, line)
     assert f"is a JSON {kind}" in error.found
-    assert error.wanted == "messages, or prompt and completion, or text"
+    assert error.wanted == "an object with the fields of a row"
 
 
 @pytest.mark.parametrize(
@@ -111,8 +117,8 @@ def test_json_that_is_no_object(tmp_path, line, kind):
 def test_a_row_without_a_usable_field_names_the_fields_it_has(tmp_path, row, keys):
     error = refused(tmp_path, row)
     assert f"has the keys {keys}" in error.found
-    assert error.wanted == "messages, or prompt and completion, or text"
-    assert error.do == "rename the fields of the file"
+    assert error.wanted == WANTED
+    assert error.do.startswith("rename the fields of the file")
 
 
 @pytest.mark.parametrize("text", ["", "  \n", None, 3, ["a"]])
@@ -122,7 +128,7 @@ def test_text_that_is_empty_or_no_text(tmp_path, text):
     assert error.wanted == "text that is not empty"
 
 
-@pytest.mark.parametrize("messages", [[], None, "Hi", {"role": "user"}])
+@pytest.mark.parametrize("messages", [[], None, 3, {"role": "user"}])
 def test_messages_that_are_no_turns(tmp_path, messages):
     error = refused(tmp_path, {"messages": messages})
     assert "messages is empty or no list" in error.found
@@ -133,7 +139,7 @@ def test_messages_that_are_no_turns(tmp_path, messages):
 def test_a_wrong_role_is_shown_with_the_known_ones(tmp_path, role):
     error = refused(tmp_path, {"messages": [TURNS[0], {"role": role, "content": "a"}]})
     assert f"turn 2 has role {role!r}" in error.found
-    assert error.wanted == "a role of system, user, assistant"
+    assert error.wanted == "a role of system, user, assistant, tool"
 
 
 @pytest.mark.parametrize("turn", ["Hi", None, ["user", "Hi"]])
@@ -146,13 +152,14 @@ def test_a_turn_that_is_no_object(tmp_path, turn):
     [
         {"role": "assistant"},
         {"role": "assistant", "content": None},
-        {"role": "assistant", "content": [{"type": "text", "text": "a"}]},
+        {"role": "assistant", "content": 3},
+        {"role": "assistant", "content": ["a"]},
     ],
 )
 def test_a_turn_without_text_content(tmp_path, turn):
     error = refused(tmp_path, {"messages": [TURNS[0], turn]})
     assert "turn 2 (assistant) has no text content" in error.found
-    assert error.wanted == "content as text"
+    assert error.wanted == "content as text, or a list of parts with text"
 
 
 @pytest.mark.parametrize(
@@ -174,16 +181,16 @@ def test_bytes_that_are_not_utf8(tmp_path):
 def test_a_folder_gives_its_splits(tmp_path):
     folder = write_rows(tmp_path / "data", train=[GOOD], valid=[GOOD])
     (folder / "notes.txt").write_text("not read")
-    assert find_files(folder) == {
-        "train": folder / "train.jsonl",
-        "valid": folder / "valid.jsonl",
+    assert paths_of(folder) == {
+        "train": [folder / "train.jsonl"],
+        "valid": [folder / "valid.jsonl"],
     }
     assert find_files(str(folder)) == find_files(folder)
 
 
 def test_a_file_is_the_training_split(tmp_path):
     path = write_rows(tmp_path, valid=[GOOD]) / "valid.jsonl"
-    assert find_files(path) == {"train": path}
+    assert paths_of(path) == {"train": [path]}
 
 
 def test_a_folder_that_is_not_there(tmp_path):

@@ -60,8 +60,12 @@ class LoadedBackbone:
     left_out: int
 
 
-def resolve(path_or_hub_id: str | Path) -> Path:
+def resolve(path_or_hub_id: str | Path, *, weights: bool = True) -> Path:
     """The local folder of a model, downloaded from the Hugging Face Hub if it is not a folder.
+
+    Args:
+        path_or_hub_id: a folder, or a Hugging Face id.
+        weights: download the tensors too; without them there are config, tokenizer and template.
 
     Raises:
         ModelError: neither a folder nor a model that the Hub gives.
@@ -74,7 +78,8 @@ def resolve(path_or_hub_id: str | Path) -> Path:
     from huggingface_hub.utils import HfHubHTTPError
 
     try:
-        return Path(snapshot_download(str(path_or_hub_id), allow_patterns=_DOWNLOAD))
+        patterns = [p for p in _DOWNLOAD if weights or p != "*.safetensors"]
+        return Path(snapshot_download(str(path_or_hub_id), allow_patterns=patterns))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(

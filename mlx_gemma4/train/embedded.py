@@ -20,6 +20,7 @@ from ..data import stdlib
 from ..data.batches import Example
 from ..data.chat import encode
 from ..data.dataset import Dataset
+from ..data.examples import Examples
 from ..data.formats import Row
 from ..gemma import load
 from ..model import tiny
@@ -92,13 +93,15 @@ def _build(folder: Path) -> None:
     ]
     tiny.build_tiny(folder / "model", texts)
     gemma = load(folder / "model")
-    data = Dataset("the standard library's docstrings", DataConfig(max_seq_length=_BASE_LENGTH))
+    examples = []
     for i in range(0, len(texts), 5):
         row = Row("text", (), "".join(texts[i : i + 5]), f"docstrings:{i}")
         example = encode(row, gemma.tokenizer, "all")
-        data.train.append(
+        examples.append(
             Example(example.tokens[:_BASE_LENGTH], example.mask[:_BASE_LENGTH], example.origin)
         )
+    config = DataConfig(max_seq_length=_BASE_LENGTH)
+    data = Dataset("the standard library's docstrings", config, Examples.of(examples))
     print(f"building a small Gemma 4 and training it on {len(texts):,} docstrings ...", flush=True)
     finetune(gemma, data, _BASE, callbacks=[])
     tiny.save_weights(gemma.backbone, gemma.plan, folder / "model")
