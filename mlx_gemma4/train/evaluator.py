@@ -12,10 +12,10 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from .layout import Layout, lay_out
+from .layout import Layout, dense, lay_out
 from .tape import Graph, Node
 
-__all__ = ["CPU", "METAL", "Held", "Pace", "in_step", "simulate"]
+__all__ = ["CPU", "IN_STEP", "METAL", "Held", "Pace", "Simulation", "simulate"]
 
 _WIDTH = 20
 
@@ -27,19 +27,21 @@ class Pace:
     Attributes:
         tasks: tasks that may wait for the device; 0 is no running ahead.
         commands: dispatches of a task.
+        share: the share of the CPU's dispatches; Metal has none for views, one for a primitive.
         elements: a task ends early when its commands read more elements than this.
         page: sizes over a page are rounded up to whole pages.
     """
 
     tasks: int = 10
     commands: int = 10
+    share: int = 1
     elements: float = float("inf")
     page: int = 1
 
 
 CPU = Pace()
-METAL = Pace(tasks=10, commands=50, elements=50 * 2**20, page=16384)
-in_step = Pace(tasks=0)
+METAL = Pace(commands=50, share=2, elements=50 * 2**20, page=16384)
+IN_STEP = Pace(tasks=0)
 
 
 @dataclass(frozen=True)
@@ -166,8 +168,6 @@ class _Run:
     def _place_input(self, array: int, held: bool) -> None:
         if self.layouts[array] is not None:
             return
-        from .layout import dense
-
         self.op, self.array = "input", array
         self.layouts[array] = dense(self, array)
         self.readers[array] += held
@@ -237,7 +237,7 @@ class _Run:
                 self._drop(buffer)
             return
         self.pending.append((self.task, held))
-        self.in_task += commands
+        self.in_task += commands // pace.share
         if pace.elements < float("inf"):
             self.elements += sum(self.sizes[buffer] for buffer in held) // 4
         if self.in_task >= pace.commands or self.elements > pace.elements:

@@ -32,12 +32,13 @@ class _Fusion:
                 self.parents.setdefault(array, []).append(node)
 
     def run(self) -> Graph:
-        graph, gone, kept = self.graph, set(), []
+        graph, gone, kept = self.graph, set[int](), list[Node]()
         for node in reversed(graph.nodes):
             if id(node) in gone:
                 continue
             chain: dict[int, Node] = {}
             if node.op in _FUSABLE and node.op != "Broadcast":
+                self._within: set[int] = set()
                 self._collect(node.outputs[0], 0, node.outputs[0], chain, set())
             if len(chain) <= 1:
                 kept.append(node)
@@ -64,10 +65,10 @@ class _Fusion:
         ):
             read.add(array)
             return
-        within = {id(other) for other in chain.values()}
+        within = self._within
         if depth and not all(id(reader) in within for reader in self.parents[array]):
             if node.op == "Broadcast" and len(read) < _WIDTH:
-                own = self._split(array, node, chain)
+                own = self._split(array, node)
                 self._collect(own, depth, root, chain, read)
             else:
                 read.add(array)
@@ -76,16 +77,17 @@ class _Fusion:
         if len(read) >= _WIDTH:
             return
         chain[array] = node
+        within.add(id(node))
         for source in list(node.inputs):
             self._collect(source, depth + 1, root, chain, read)
 
-    def _split(self, array: int, node: Node, chain: dict[int, Node]) -> int:
+    def _split(self, array: int, node: Node) -> int:
         """A broadcast for the readers in the chain alone."""
         graph = self.graph
         own = Node("Broadcast", node.settings, list(node.inputs), [])
         new = graph.add_array(graph.shapes[array], graph.itemsizes[array], own)
         own.outputs.append(new)
-        within = {id(other) for other in chain.values()}
+        within = self._within
         mine = [reader for reader in self.parents[array] if id(reader) in within]
         self.parents[array] = [r for r in self.parents[array] if id(r) not in within]
         self.parents[new] = mine
