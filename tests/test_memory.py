@@ -20,13 +20,13 @@ from mlx_gemma4.train.step import train_step
 TOLERANCE = 0.15
 
 MIDDLE = {
-    "hidden_size": 192,
+    "hidden_size": 160,
     "intermediate_size": 512,
     "head_dim": 32,
     "global_head_dim": 64,
-    "sliding_window": 128,
-    "vocab_size": 4096,
-    "vocab_size_per_layer_input": 4096,
+    "sliding_window": 96,
+    "vocab_size": 2048,
+    "vocab_size_per_layer_input": 2048,
     "model_type": "gemma4_text",
 }
 OWN = {"e2b": {"hidden_size_per_layer_input": 32}, "e4b": {"hidden_size_per_layer_input": 32},
@@ -69,7 +69,7 @@ def measured(plan: Plan, **settings) -> int:
     return mx.get_peak_memory() - resident
 
 
-def setting(shape: str, length: int = 512, attention: str = "blockwise", **changes):
+def setting(shape: str, length: int = 320, attention: str = "blockwise", **changes):
     defaults = {
         "batch_size": 1, "longest": None, "targets": 1.0, "fine_tune_type": "lora",
         "lora": LoraConfig(rank=8), "bits": None, "dtype": "float32", "rematerialize": False,
@@ -81,7 +81,7 @@ GRID = [
     *(
         setting(shape, length, attention, rematerialize=rematerialize)
         for shape in ("e2b", "e4b", "dense", "moe", "text", "unified")
-        for length, attention in ((256, "plain"), (768, "blockwise"))
+        for length, attention in ((192, "plain"), (320, "blockwise"))
         for rematerialize in (False, True)
     ),
     setting("e2b", batch_size=3),
@@ -89,16 +89,16 @@ GRID = [
     setting("dense", lora=LoraConfig(rank=64)),
     setting("dense", lora=LoraConfig(rank=64, targets=("q_proj", "v_proj"))),
     setting("moe", lora=LoraConfig(rank=4, targets=("q_proj", "experts"))),
-    setting("e2b", 256, "plain", fine_tune_type="full"),
-    setting("dense", 256, "plain", fine_tune_type="full"),
+    setting("e2b", 192, "plain", fine_tune_type="full"),
+    setting("dense", 192, "plain", fine_tune_type="full"),
     setting("dense", fine_tune_type="full", rematerialize=True),
-    setting("e4b", 256, bits=4, rematerialize=True),
-    setting("dense", 256, "plain", bits=8),
-    setting("dense", 256, "plain", bits=4, batch_size=2, rematerialize=True),
+    setting("e4b", 192, bits=4, rematerialize=True),
+    setting("dense", 192, "plain", bits=8),
+    setting("dense", 192, "plain", bits=4, batch_size=2, rematerialize=True),
     setting("e4b", targets=0.3),
-    setting("unified", 768, longest=128),
-    setting("e2b", 768, longest=128, rematerialize=True),
-    setting("dense", 256, attention="plain", longest=64),
+    setting("unified", 640, longest=128),
+    setting("e2b", 640, longest=128, rematerialize=True),
+    setting("dense", 192, attention="plain", longest=64),
     setting("text", 128, "plain", dtype="bfloat16"),
 ]
 

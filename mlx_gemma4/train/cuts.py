@@ -27,11 +27,16 @@ _NUMBERS = itertools.cycle(range(1, 1 << 15))
 class Cuts:
     """The stand-ins of one trace.
 
+    Args:
+        merged: whether what a function and its gradient both compute may become one node, as in
+            mx.compile. Without it MLX computes it twice.
+
     Attributes:
         pairs: (stand-in, what it stands for).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, merged: bool = True) -> None:
+        self._merged = merged
         self.pairs: list[tuple[mx.array, mx.array]] = []
         # The custom functions called by what is being differentiated; None outside of that.
         self._calls: list[_Call] | None = None
@@ -101,7 +106,13 @@ class Cuts:
         returned = iter(grads[len(primals) :])
         for call, result, flow in zip(calls, results, flows):
             self.pairs += zip(result, _leaves(call.result))
-            self.pairs += zip(flow, call.gradients([next(returned) for _ in result]))
+            arguments = call.arguments
+            if not self._merged:
+                own = [_stand_in(array) for array in _leaves(arguments)]
+                self.pairs += zip(own, _leaves(arguments))
+                arguments = _rebuilt(arguments, own)
+            given_here = [next(returned) for _ in result]
+            self.pairs += zip(flow, call.gradients(arguments, given_here))
         return outputs[: len(given)], grads[: len(primals)]
 
     def _value_and_grad(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -145,18 +156,15 @@ class _Call:
     """
 
     def __init__(self, custom: _Custom, arguments: tuple[Any, ...], result: Any):
-        self._custom, self._arguments, self.result = custom, arguments, result
+        self._custom, self.arguments, self.result = custom, arguments, result
         self.moving = [x for x in _leaves(arguments) if mx.issubdtype(x.dtype, mx.floating)]
 
-    def gradients(self, given: list[mx.array]) -> list[mx.array]:
+    def gradients(self, arguments: tuple[Any, ...], given: list[mx.array]) -> list[mx.array]:
         """The custom gradients of `moving`, of cotangents of the results."""
-        alone = len(self._arguments) == 1
-        arguments = self._arguments[0] if alone else self._arguments
         assert self._custom.gradient is not None
-        grads = _leaves(
-            self._custom.gradient(arguments, _rebuilt(self.result, given), self.result)
-        )
-        pairs = zip(_leaves(self._arguments), grads)
+        primals = arguments[0] if len(arguments) == 1 else arguments
+        grads = _leaves(self._custom.gradient(primals, _rebuilt(self.result, given), self.result))
+        pairs = zip(_leaves(self.arguments), grads)
         return [grad for x, grad in pairs if mx.issubdtype(x.dtype, mx.floating)]
 
 
@@ -187,8 +195,8 @@ def _stand_in(array: mx.array) -> mx.array:
 
     No two hold the same bits: MLX merges equal scalars.
     """
-    bits = {2: mx.uint16, 4: mx.uint32}[array.dtype.size]
-    found = mx.array(next(_NUMBERS), bits).view(array.dtype)
+    bits = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}[array.dtype.size]
+    found = mx.array(next(_NUMBERS) % 256 ** array.dtype.size, bits).view(array.dtype)
     found = mx.broadcast_to(found, array.shape)
     mx.eval(found)
     return found

@@ -310,7 +310,10 @@ def _traced(
         dtype=getattr(mx, settings.dtype),
     )
     graph, replaced = skeleton.trace(
-        batch, rematerialize=settings.rematerialize, attention=settings.attention
+        batch,
+        merged=settings.compiled,
+        rematerialize=settings.rematerialize,
+        attention=settings.attention,
     )
     if settings.compiled:
         graph = fuse(graph)

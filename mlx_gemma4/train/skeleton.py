@@ -54,10 +54,11 @@ class Skeleton:
         parts = (self.frozen, self.trained, self.state)
         return sum(array.nbytes for part in parts for array in part.values())
 
-    def trace(self, batch: Batch, **how: Any) -> tuple[Graph, list[int]]:
+    def trace(self, batch: Batch, *, merged: bool = False, **how: Any) -> tuple[Graph, list[int]]:
         """The graph of one train_step, and which of its inputs the step replaces.
 
         Args:
+            merged: as mx.compile merges what is equal.
             how: settings of `train_step`.
         """
         fields = {
@@ -83,7 +84,7 @@ class Skeleton:
             return [loss, targets, *after.values()]
 
         try:
-            graph = trace(step, inputs)
+            graph = trace(step, inputs, merged=merged)
         finally:
             backbone.update(
                 tree_unflatten([*self.frozen.items(), *self.trained.items()]), strict=False

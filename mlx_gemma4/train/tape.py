@@ -65,13 +65,17 @@ class Graph:
 
 
 def trace(
-    function: Callable[..., Sequence[mx.array]], inputs: Sequence[mx.array]
+    function: Callable[..., Sequence[mx.array]],
+    inputs: Sequence[mx.array],
+    *,
+    merged: bool = False,
 ) -> Graph:
     """The graph of `function(*inputs)`; neither inputs nor outputs are computed.
 
     Args:
         function: of arrays, to a list of arrays. What it closes over is a constant.
         inputs: only their shapes and dtypes count.
+        merged: as in mx.compile, see `Cuts`.
 
     >>> import mlx.core as mx
     >>> from mlx_gemma4.train.tape import trace
@@ -108,7 +112,7 @@ def trace(
                 number(name, value.shape, value.dtype) for name, value in event["constants"]
             ]
 
-    cuts = Cuts()
+    cuts = Cuts(merged)
 
     def with_pairs(*arrays: mx.array) -> list[mx.array]:
         outputs = list(function(*arrays))
