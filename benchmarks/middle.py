@@ -1,19 +1,25 @@
-"""The yardstick's model: a middle-size random checkpoint with all of E2B's features."""
+"""The yardstick's model: a middle-size random checkpoint with all of E2B's features.
+
+It has an image tower like E2B, a very small one that no text row enters: mlx-vlm, and unsloth's
+trainer through it, build no model without one.
+"""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
 from mlx_gemma4.model import tiny
 from mlx_gemma4.model.loader import build_backbone
+from mlx_gemma4.model.names import flat
 from mlx_gemma4.model.plan import FULL, SLIDING, Plan
 
-__all__ = ["build_middle"]
+__all__ = ["MIDDLE", "build", "build_middle"]
 
-CONFIG = {
+MIDDLE: dict[str, Any] = {
     **tiny.SHAPES["e2b"],
     "hidden_size": 256,
     "intermediate_size": 1024,
@@ -29,19 +35,43 @@ CONFIG = {
     "vocab_size": 32768,
     "vocab_size_per_layer_input": 32768,
 }
+"""The text config."""
+
+_VISION = {
+    "model_type": "gemma4_vision",
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "patch_size": 4,
+    "position_embedding_size": 16,
+}
+_TOWER = ("vision_tower.", "embed_vision.")
 
 
 def build_middle(folder: Path) -> Path:
     """Write the checkpoint if it is not there; returns the folder."""
-    if (folder / "model.safetensors").exists():
+    return build(folder, MIDDLE, vision=_VISION)
+
+
+def build(folder: Path, text: dict[str, Any], vision: dict[str, Any] | None = None) -> Path:
+    """Write a random checkpoint of this text config, unless the folder holds it already."""
+    wanted = {"text_config": text, "vision_config": vision, "vocab_size": text["vocab_size"]}
+    weights, config_path = folder / "model.safetensors", folder / "config.json"
+    if weights.exists() and wanted.items() <= json.loads(config_path.read_text()).items():
         return folder
     tiny.build_tiny(folder, ["a b c d e f g " * 9], vocab_size=400)
-    config = json.loads((folder / "config.json").read_text())
-    config |= {"text_config": CONFIG, "vocab_size": CONFIG["vocab_size"]}
-    (folder / "config.json").write_text(json.dumps(config))
-    plan = Plan.from_config(config)
+    config = json.loads(config_path.read_text()) | wanted
+    plan = Plan.from_config(config | {"vision_config": None})
     backbone = build_backbone(plan)
     tiny.randomize(backbone, seed=0)
     mx.eval(backbone.parameters())
     tiny.save_weights(backbone, plan, folder)
+    if vision:
+        whole = flat(build_backbone(Plan.from_config(config), config).parameters())
+        tower = {f"model.{name}": value for name, value in whole.items() if name.startswith(_TOWER)}
+        mx.save_safetensors(str(folder / "model-vision.safetensors"), tower, {"format": "pt"})
+    config_path.write_text(json.dumps(config))
     return folder

@@ -22,7 +22,7 @@ def main(model: str, data_folder: str, output: str, iters: int = 100) -> g4.Run:
     run = g4.finetune(
         gemma,
         data,
-        g4.TrainConfig(iters=iters, batch_size=8, learning_rate=2e-3, lr_schedule="linear"),
+        g4.TrainConfig(iters=iters, batch_size=2, learning_rate=2e-3, lr_schedule="linear"),
         lora=g4.LoraConfig(rank=8),
         output=output,
     )

@@ -88,7 +88,12 @@ class TrainConfig(_Settings):
     epochs: float | None = _setting(
         None, "passes over the training examples, instead of iters", at_least=0.0
     )
-    batch_size: int = _setting(4, "examples in a batch", at_least=1)
+    packing: bool = _setting(
+        True,
+        "put several examples into a row of max_seq_length tokens; none sees another. "
+        "Without it every example is a row",
+    )
+    batch_size: int = _setting(1, "rows in a batch", at_least=1)
     grad_accumulation_steps: int = _setting(
         1, "batches summed into one optimizer step, weighted by their target tokens", at_least=1
     )
@@ -97,8 +102,9 @@ class TrainConfig(_Settings):
         "constant", "how the learning rate falls to zero over the run"
     )
     warmup_steps: int = _setting(0, "steps over which the learning rate rises first", at_least=0)
-    grad_checkpoint: bool = _setting(
-        False, "keep only layer boundaries and compute the rest again in the backward pass"
+    rematerialize: Literal["none", "layer"] = _setting(
+        "none",
+        "keep what the backward pass needs, or only each layer's input and compute the layer again",
     )
     attention: Literal["auto", "plain", "blockwise"] = _setting(
         "auto", "form all attention scores at once, or block by block; the values are the same"

@@ -21,6 +21,31 @@ def documents(*lengths: int) -> mx.array:
     return mx.array(np.repeat(np.arange(len(lengths)), lengths)[None])
 
 
+def images(*spans: tuple[int, int]) -> mx.array:
+    numbers = np.full((1, 150), -1)
+    for number, (start, end) in enumerate(spans):
+        numbers[:, start:end] = number
+    return mx.array(numbers)
+
+
+def brute_force(sees: Visibility) -> np.ndarray:
+    """Who sees whom, written position by position from the two rules."""
+    T = sees.length
+    seen = np.zeros((T, T), bool)
+    pictures = np.full(T, -1) if sees.images_BT is None else np.array(sees.images_BT)[0]
+    papers = np.zeros(T) if sees.segments_BT is None else np.array(sees.segments_BT)[0]
+    for i in range(T):
+        for j in range(T):
+            near = sees.window is None or i - j < sees.window
+            together = pictures[i] == pictures[j] >= 0
+            if sees.window_limits_images:
+                yes = near and (j <= i or together)
+            else:
+                yes = (near and j <= i) or together
+            seen[i, j] = yes and papers[i] == papers[j]
+    return seen
+
+
 @pytest.mark.parametrize(("N", "K"), [(4, 1), (4, 2), (2, 2)])
 @pytest.mark.parametrize(
     "sees",
@@ -32,12 +57,31 @@ def documents(*lengths: int) -> mx.array:
         Visibility(150, window=40, segments_BT=documents(50, 30, 70), longest=70),
         Visibility(150, segments_BT=documents(1, 1, 148), longest=148),
         Visibility(20),
+        Visibility(150, images_BT=images((20, 45), (100, 120)), largest_image=25),
+        Visibility(150, 40, images_BT=images((3, 90), (100, 120)), largest_image=87),
+        Visibility(
+            150, 40, None, None, images((3, 90), (100, 120)), None, window_limits_images=True
+        ),
+        Visibility(150, 40, documents(90, 60), 90, images((3, 89), (100, 120)), 86),
     ],
-    ids=["causal", "window", "window of a block", "documents", "both", "tiny documents", "short"],
+    ids=[
+        "causal",
+        "window",
+        "window of a block",
+        "documents",
+        "both",
+        "tiny documents",
+        "short",
+        "images",
+        "images past the window",
+        "images in the window",
+        "images in documents",
+    ],
 )
 def test_blockwise_equals_plain(N, K, sees):
     keys = mx.random.split(mx.random.key(0), 4)
-    shapes = [(2 if sees.segments_BT is None else 1, n, sees.length, 16) for n in (N, K, K, N)]
+    single = sees.segments_BT is not None or sees.images_BT is not None
+    shapes = [(1 if single else 2, n, sees.length, 16) for n in (N, K, K, N)]
     q, k, v, weight = (mx.random.normal(s, key=key) * 0.7 for s, key in zip(shapes, keys))
 
     def total(method):
@@ -46,6 +90,9 @@ def test_blockwise_equals_plain(N, K, sees):
 
         return mx.value_and_grad(run, argnums=(0, 1, 2))(q, k, v)
 
+    assert isinstance(whole := sees.whole_mask(), str) or np.array_equal(
+        np.array(whole).reshape(-1, sees.length, sees.length)[0], brute_force(sees)
+    )
     (plain, plain_grads), (block, block_grads) = total("plain"), total("blockwise")
     assert float(block) == pytest.approx(float(plain), abs=1e-3, rel=1e-5)
     for ours, reference in zip(block_grads, plain_grads):
@@ -74,7 +121,7 @@ def test_blockwise_compiled():
 )
 def test_work_follows_what_is_visible(sees, scores):
     """Scores that blocks of 64 form: half of T x T, T x window, T x longest document."""
-    formed = sum((end - first) * (end - key) for first, end, key in sees.blocks(64))
+    formed = sum((end - first) * (stop - key) for first, end, key, stop in sees.blocks(64))
     assert formed == scores
 
 

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from itertools import islice
-
 import mlx.core as mx
 import numpy as np
 import pytest
 
 import mlx_gemma4 as g4
-from mlx_gemma4.data.batches import Example, batch_order, collate
+from mlx_gemma4.data.batches import Example, collate, collate_alike
 
 
 def example(*tokens: int, learned=None) -> Example:
     mask = np.ones(len(tokens), bool) if learned is None else np.array(learned, bool)
     return Example(np.array(tokens, np.int32), mask, "rows.jsonl:1")
-
-
-def order(count: int, batch_size: int, seed: int, start: int = 0, batches: int = 12) -> list:
-    pairs = islice(batch_order(count, batch_size, seed, start), batches)
-    return [(number, indices.tolist()) for number, indices in pairs]
 
 
 def test_targets_are_the_next_tokens():
@@ -91,8 +84,8 @@ def test_segments_of_another_shape_are_refused(segments):
 def test_rows_are_padded_on_the_right_and_padding_is_never_learned():
     batch = collate([example(2, 7, 8, 9), example(2, 5)])
     assert batch.tokens_BT.shape == batch.targets_BT.shape == batch.weights_BT.shape
-    assert batch.tokens_BT[:, :4].tolist() == [[2, 7, 8, 9], [2, 5, 0, 0]]
-    assert not batch.tokens_BT[:, 4:].any()
+    assert batch.tokens_BT[:, :3].tolist() == [[2, 7, 8], [2, 0, 0]]
+    assert not batch.tokens_BT[:, 3:].any()
     assert batch.weights_BT[:, :3].tolist() == [[1.0, 1.0, 1.0], [1.0, 0.0, 0.0]]
     assert float(batch.num_targets) == 4
 
@@ -113,35 +106,36 @@ def test_a_batchs_targets_are_those_of_its_examples():
     assert float(collate(examples).num_targets) == 3
 
 
-@pytest.mark.parametrize(("count", "batch_size"), [(10, 4), (8, 4), (3, 5), (1, 1), (7, 1)])
-def test_every_example_comes_once_an_epoch_the_tail_too(count, batch_size):
-    per_epoch = -(-count // batch_size)
-    batches = order(count, batch_size, seed=3, batches=3 * per_epoch)
-    for epoch in range(3):
-        of_epoch = batches[epoch * per_epoch : (epoch + 1) * per_epoch]
-        assert sorted(i for _, indices in of_epoch for i in indices) == list(range(count))
-        assert [len(indices) for _, indices in of_epoch[:-1]] == [batch_size] * (per_epoch - 1)
+def test_examples_that_share_a_row_are_documents_of_their_own():
+    batch = collate([[example(2, 7, 8, 9, learned=[1, 0, 1, 1]), example(2, 5, 6)]])
+    assert batch.tokens_BT[0, :5].tolist() == [2, 7, 8, 2, 5]
+    assert batch.targets_BT[0, :5].tolist() == [7, 8, 9, 5, 6]
+    assert batch.weights_BT[0, :5].tolist() == [0.0, 1.0, 1.0, 1.0, 1.0]
+    assert batch.segments_BT[0].tolist() == [0] * 3 + [1] * 2 + [2] * 27
+    assert sorted(set(batch.rows_R.tolist())) == [1, 2, 3, 4]
 
 
-def test_batches_are_numbered_across_epochs():
-    assert [number for number, _ in order(10, 4, seed=0, batches=8)] == list(range(8))
+def test_padding_is_a_document_of_its_own_in_every_row():
+    rows = [[example(2, 7, 8), example(2, 5)], [example(2, 7)]]
+    assert collate(rows).segments_BT[:, 2:5].tolist() == [[1, 2, 2], [1, 1, 1]]
 
 
-def test_epochs_differ():
-    batches = order(20, 20, seed=0, batches=3)
-    assert len({tuple(indices) for _, indices in batches}) == 3
+@pytest.mark.parametrize(("length", "longest"), [(65, 64), (66, 128), (130, 256)])
+def test_the_longest_document_is_bounded_by_few_numbers(length, longest):
+    others = [example(*range(2, 62))] * 3
+    batch = collate([[example(*range(2, 2 + length)), *others]])
+    assert batch.longest == longest
 
 
-def test_the_order_depends_on_nothing_but_seed_and_epoch():
-    first = order(20, 4, seed=5)
-    np.random.seed(1)
-    mx.random.seed(1)
-    assert order(20, 4, seed=5) == first
-    assert order(20, 4, seed=6) != first
-    together = [i for _, indices in first[:5] for i in indices]
-    assert [i for _, indices in order(20, 10, seed=5, batches=2) for i in indices] == together
+def test_the_batches_of_a_step_share_their_shapes():
+    long, short = example(*range(2, 202)), example(2, 5, 6)
+    alike = collate_alike([[long], [short], [[short, short]]])
+    shapes = {tuple((k, v.shape) for k, v in vars(b).items() if hasattr(v, "shape")) for b in alike}
+    assert len(shapes) == 1
+    assert len({batch.longest for batch in alike}) == 1
+    assert [float(batch.num_targets) for batch in alike] == [199, 2, 4]
 
 
-@pytest.mark.parametrize("start", [0, 1, 2, 3, 4, 7, 11])
-def test_the_order_goes_on_at_any_batch(start):
-    assert order(10, 4, seed=2, start=start) == order(10, 4, seed=2, batches=12 + start)[start:]
+def test_fields_make_the_same_batch_again():
+    batch = collate([[example(2, 7, 8), example(2, 5)]])
+    assert g4.Batch(**batch.fields()) == batch

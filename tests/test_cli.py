@@ -27,7 +27,8 @@ FLAGS = [
     "--model", "--data", "--config", "--output", "--iters", "--epochs", "--batch-size",
     "--max-seq-length", "--learning-rate", "--grad-accumulation-steps", "--seed",
     "--fine-tune-type", "--lora-rank", "--lora-alpha", "--lora-dropout", "--lora-targets",
-    "--num-layers", "--grad-checkpoint", "--train-on", "--save-every", "--eval-every", "--resume",
+    "--num-layers", "--rematerialize", "--packing", "--train-on", "--save-every",
+    "--eval-every", "--resume",
 ]  # fmt: skip
 
 

@@ -48,9 +48,9 @@ def test_defaults():
     assert (run.model, run.data, run.output, run.resume) == (None, None, None, False)
     assert (data.train_on, data.max_seq_length, data.overlong) == ("assistant", 2048, "error")
     assert (train.fine_tune_type, train.iters, train.epochs) == ("lora", None, None)
-    assert (train.batch_size, train.grad_accumulation_steps) == (4, 1)
+    assert (train.batch_size, train.grad_accumulation_steps) == (1, 1)
     assert (train.learning_rate, train.lr_schedule, train.warmup_steps) == (1e-4, "constant", 0)
-    assert (train.seed, train.grad_checkpoint, train.val_batches) == (0, False, None)
+    assert (train.seed, train.rematerialize, train.val_batches) == (0, "none", None)
     assert (lora.rank, lora.alpha, lora.dropout, lora.num_layers) == (8, 16.0, 0.0, -1)
     assert lora.targets == (
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
@@ -108,7 +108,7 @@ def test_a_lora_field_without_its_prefix_is_unknown(tmp_path):
         ("learning_rate: true", "a number"),
         ("learning_rate: [1]", "a number"),
         ("learning_rate: null", "a number"),
-        ("grad_checkpoint: 1", "true or false"),
+        ("packing: 1", "true or false"),
         ("resume: 'yes'", "true or false"),
         ("train_on: everything", "one of assistant, last, all"),
         ("train_on: [last]", "one of assistant, last, all"),
@@ -207,7 +207,7 @@ def test_every_field_has_a_flag_with_help_and_a_yaml_key(group, item, tmp_path):
 def test_a_flag_and_its_yaml_key_set_the_same_field(group, item, tmp_path):
     key, hint = key_of(group, item), typing.get_type_hints(group)[item.name]
     flag = "--" + key.replace("_", "-")
-    values = {bool: True, float: 0.5, str: "there"}
+    values = {bool: not item.default, float: 0.5, str: "there"}
     kinds = typing.get_args(hint) or (hint,)
     if typing.get_origin(hint) is typing.Literal:
         value = kinds[-1]
@@ -215,11 +215,15 @@ def test_a_flag_and_its_yaml_key_set_the_same_field(group, item, tmp_path):
         value = ["o_proj", "up_proj"]
     else:
         value = values.get(kinds[0], 7)
-    words = [] if value is True else [*value] if isinstance(value, list) else [str(value)]
+    words = [*value] if isinstance(value, list) else [str(value)]
+    if isinstance(value, bool):
+        flag, words = flag if value else "--no-" + flag[2:], []
     given = vars(parser().parse_args([flag, *words]))
     assert given == {key: value}
     (by_flag,) = build([group], given, "flags")
-    by_yaml = from_yaml(tmp_path, f"{key}: {str(value).lower() if value is True else value}\n")
+    by_yaml = from_yaml(
+        tmp_path, f"{key}: {str(value).lower() if isinstance(value, bool) else value}\n"
+    )
     assert by_flag == by_yaml[GROUPS.index(group)]
     assert by_flag != group()
 
@@ -229,15 +233,15 @@ def test_flags_that_are_not_given_leave_no_value():
 
 
 def test_a_boolean_can_be_taken_back_by_a_flag():
-    assert parser().parse_args(["--no-grad-checkpoint"]).grad_checkpoint is False
+    assert parser().parse_args(["--no-packing"]).packing is False
 
 
 def test_a_flag_wins_over_yaml_and_yaml_over_the_default(tmp_path):
     path = tmp_path / "settings.yaml"
-    path.write_text("batch_size: 2\nseed: 5\nlora_rank: 3\ngrad_checkpoint: true\n")
-    arguments = "--model m --data d --output o --seed 9 --lora-targets q_proj --no-grad-checkpoint"
+    path.write_text("batch_size: 2\nseed: 5\nlora_rank: 3\npacking: true\n")
+    arguments = "--model m --data d --output o --seed 9 --lora-targets q_proj --no-packing"
     run, data, train, lora = _settings(["--config", str(path), *arguments.split()])
-    assert (train.seed, train.batch_size, train.grad_checkpoint) == (9, 2, False)
+    assert (train.seed, train.batch_size, train.packing) == (9, 2, False)
     assert (lora.rank, lora.targets, lora.alpha) == (3, ("q_proj",), 16.0)
     assert (run.model, data) == ("m", DataConfig())
 

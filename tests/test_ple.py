@@ -126,6 +126,16 @@ def test_a_table_that_is_no_matrix_is_refused(tmp_path):
         PerLayerRows(store(tmp_path, {"weight": mx.zeros((ROWS * LAYERS * WIDTH,))}), plan_of())
 
 
+def test_a_file_that_was_cut_short_since_is_told(tmp_path):
+    stored = store(tmp_path, {"weight": a_table()})
+    rows, table = PerLayerRows(stored, plan_of()), stored["weight"]
+    with table.path.open("r+b") as file:
+        file.truncate(table.offset + table.nbytes - 4)
+    assert rows(mx.array([[ROWS - 2]])).shape == (1, 1, LAYERS, WIDTH)
+    with pytest.raises(g4.ModelError, match=f"ends before row {ROWS - 1} of the PLE table"):
+        rows(mx.array([[ROWS - 1]]))
+
+
 @pytest.mark.parametrize("dtype", [mx.int32, mx.int8], ids=str)
 def test_a_dtype_that_is_not_read_is_named(tmp_path, dtype):
     stored = store(tmp_path, {"weight": mx.zeros((ROWS, LAYERS * WIDTH), dtype)})

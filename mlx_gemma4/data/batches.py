@@ -1,11 +1,11 @@
-"""Examples -> batches: next-token targets, padding, and a seeded order that can be resumed.
+"""Examples -> batches: next-token targets, rows that several examples share, padding.
 
 Shapes: B rows, T tokens, L layers, P width of per-layer embeddings.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,14 +16,9 @@ from ..errors import DataError
 
 if TYPE_CHECKING:
     from ..gemma import Gemma4
+    from ..model.ple import GatheredRows
 
-__all__ = ["Batch", "Example", "batch_order", "collate"]
-
-_BUCKET = 32
-"""Padded lengths are multiples of this, so that few shapes occur."""
-
-_ROW_BUCKET = 64
-"""So are the numbers of positions that meet the head."""
+__all__ = ["Batch", "Example", "collate", "collate_alike"]
 
 
 @dataclass(frozen=True)
@@ -116,11 +111,20 @@ class Batch:
             weights = weights * (segments == segments_BT[:, 1:])
         return cls(tokens[:, :-1], tokens[:, 1:], weights, segments)
 
-    def with_ple_rows(self, gemma: Gemma4) -> Batch:
-        """The batch with the PLE rows of its tokens, where this family member has any."""
-        if self.ple_BTLP is not None or gemma.plan.ple is None:
+    def with_ple_rows(self, gemma: Gemma4, gathered: GatheredRows | None = None) -> Batch:
+        """The batch with the PLE rows of its tokens, where this family member has any.
+
+        `gathered` are the rows if they have been read already.
+        """
+        if self.ple_BTLP is not None or gemma.loaded.ple_rows is None:
             return self
-        return replace(self, ple_BTLP=gemma.ple_rows(self.tokens_BT))
+        if gathered is None:
+            gathered = gemma.loaded.ple_rows.gather(self.tokens_BT)
+        return replace(self, ple_BTLP=gemma.loaded.ple_rows.unpack(gathered))
+
+    def fields(self) -> dict[str, Any]:
+        """What `Batch(**fields)` is made from: arrays, and the numbers that decide shapes."""
+        return {k: v for k, v in vars(self).items() if v is not None}
 
     @property
     def num_targets(self) -> mx.array:
@@ -128,41 +132,70 @@ class Batch:
         return self.weights_BT.sum()
 
 
-def collate(examples: Sequence[Example], pad_token: int = 0) -> Batch:
-    """Examples as one batch, padded on the right to a common length."""
-    longest = max(len(example) for example in examples)
-    length = 1 + -(-(longest - 1) // _BUCKET) * _BUCKET
-    tokens = np.full((len(examples), length), pad_token, np.int32)
-    weights = np.zeros((len(examples), length), np.float32)
-    for row, example in enumerate(examples):
-        tokens[row, : len(example)] = example.tokens
-        weights[row, : len(example)] = example.mask
-    return replace(Batch.from_tokens(tokens, weights), rows_R=_rows(weights[:, 1:]))
+def collate(rows: Sequence[Example | Sequence[Example]], pad_token: int = 0) -> Batch:
+    """Examples as one batch, padded on the right.
 
+    Args:
+        rows: an example is a row of its own; a list of examples is one row, in which none sees
+            another.
+        pad_token: what fills the rest of a row.
 
-def _rows(weights_BT: np.ndarray) -> mx.array:
-    rows = np.flatnonzero(weights_BT)
-    return mx.array(np.pad(rows, (0, -len(rows) % _ROW_BUCKET), "edge"))
-
-
-def batch_order(
-    count: int, batch_size: int, seed: int, start: int = 0
-) -> Iterator[tuple[int, np.ndarray]]:
-    """Indices of the examples of batch `start`, `start + 1`, ... without end.
-
-    Every epoch is a permutation of its own, which depends only on seed and epoch; its last batch
-    is smaller where the count does not divide. Batches are numbered across epochs, so a run
-    resumes at any of them.
-
-    Yields:
-        (batch number, indices).
+    >>> import numpy as np
+    >>> from mlx_gemma4.data.batches import Example, collate
+    >>> one = Example(np.array([2, 7, 8]), np.array([False, True, True]), "rows.jsonl:1")
+    >>> two = Example(np.array([2, 9]), np.array([False, True]), "rows.jsonl:2")
+    >>> batch = collate([[one, two]])
+    >>> batch.tokens_BT[0, :3].tolist(), batch.targets_BT[0, :3].tolist()
+    ([2, 7, 2], [7, 8, 9])
     """
-    per_epoch = -(-count // batch_size)
-    number = start
-    while True:
-        epoch, within = divmod(number, per_epoch)
-        order = np.random.default_rng([seed, epoch]).permutation(count)
-        for within_epoch in range(within, per_epoch):
-            first = within_epoch * batch_size
-            yield number, order[first : first + batch_size]
-            number += 1
+    return collate_alike([rows], pad_token)[0]
+
+
+def collate_alike(
+    batches: Sequence[Sequence[Example | Sequence[Example]]], pad_token: int = 0
+) -> list[Batch]:
+    """`collate` for each of the batches of a step, in shapes that they share."""
+    parts = [[[row] if isinstance(row, Example) else list(row) for row in rows] for rows in batches]
+    every = [row for rows in parts for row in rows]
+    positions = [len(example) - 1 for row in every for example in row]
+    length = _bucket(max(sum(len(example) - 1 for example in row) for row in every), 32)
+    packed = len(positions) > len(every)
+    # A power of two: few bounds occur, and so few compiled shapes.
+    longest = max(64, 1 << (max(positions) - 1).bit_length()) if packed else length
+    targets = max(sum(example.num_targets for row in rows for example in row) for rows in parts)
+    return [
+        _collate(rows, pad_token, length, _bucket(targets, 64), longest if packed else None)
+        for rows in parts
+    ]
+
+
+def _collate(
+    rows: list[list[Example]], pad_token: int, length: int, targets: int, longest: int | None
+) -> Batch:
+    """Shapes as given: `length` positions a row, `targets` positions that meet the head."""
+    shape = (len(rows), length)
+    tokens, following = np.full((2, *shape), pad_token, np.int32)
+    weights, segments = np.zeros(shape, np.float32), np.zeros(shape, np.int32)
+    for r, row in enumerate(rows):
+        start = 0
+        for number, example in enumerate(row):
+            here = slice(start, start + len(example) - 1)
+            tokens[r, here], following[r, here] = example.tokens[:-1], example.tokens[1:]
+            weights[r, here], segments[r, here] = example.mask[1:], number
+            start = here.stop
+        segments[r, start:] = len(row)
+    learned = np.flatnonzero(weights)
+    return Batch(
+        mx.array(tokens),
+        mx.array(following),
+        mx.array(weights),
+        segments_BT=None if longest is None else mx.array(segments),
+        rows_R=mx.array(np.pad(learned, (0, targets - len(learned)), "edge").astype(np.int32)),
+        longest=longest if longest is not None and longest < length else None,
+    )
+
+
+def _bucket(count: int, least: int) -> int:
+    """The next multiple of a quarter of the power of two below, so that few shapes occur."""
+    step = max(least, 1 << max(0, count.bit_length() - 3))
+    return -(-count // step) * step

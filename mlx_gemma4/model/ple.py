@@ -1,17 +1,21 @@
 """Per-layer embeddings (PLE): rows from disk, never a resident table.
 
 The PLE table of E2B and E4B is over half of the checkpoint, stays frozen in every method, and a
-batch touches a few thousand of its rows. So it is data: rows are read from the memory-mapped
-checkpoint while a batch is built, and travel in the batch. A quantized table is read in the same
-way, and only the rows that were read are dequantized.
+batch touches a few thousand of its rows. So it is data: rows are read from the checkpoint while a
+batch is built, and travel in the batch. A quantized table is read in the same way, and only the
+rows that were read are dequantized.
+
+Rows are read with pread, not through a memory map: a map that touches a row gets the pages around
+it too, so that after a few batches nearly the whole table counts as this process's resident set.
 
 Shapes: B rows, T tokens, L layers, P width of the embedding of one layer.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,7 +26,7 @@ from .plan import Plan
 from .quantize import packed_as
 from .weights import StoredTensor
 
-__all__ = ["DiskEmbedding", "PerLayerRows"]
+__all__ = ["DiskEmbedding", "GatheredRows", "PerLayerRows"]
 
 # safetensors' name -> (numpy's dtype of the same width, MLX's dtype)
 _DTYPES = {
@@ -32,6 +36,21 @@ _DTYPES = {
     "U32": (np.uint32, mx.uint32),
     "U8": (np.uint8, mx.uint8),
 }
+
+
+@dataclass(frozen=True)
+class GatheredRows:
+    """Rows of the PLE table in the process's memory.
+
+    Attributes:
+        shape: (B, T), that of the tokens.
+        inverse: for every token, its row in `stored`.
+        stored: each distinct row once, by the name of the tensor it is from.
+    """
+
+    shape: tuple[int, ...]
+    inverse: np.ndarray
+    stored: Mapping[str, np.ndarray]
 
 
 class PerLayerRows:
@@ -49,7 +68,7 @@ class PerLayerRows:
     def __init__(self, stored: Mapping[str, StoredTensor], plan: Plan, mode: str = "affine"):
         assert plan.ple is not None
         self._layers, self._width, self._mode = len(plan.layers), plan.ple.width, mode
-        self._maps = {name: _memory_map(tensor) for name, tensor in stored.items()}
+        self._tensors = {name: _RowFile(tensor) for name, tensor in stored.items()}
         self.nbytes = sum(tensor.nbytes for tensor in stored.values())
         self.num_rows, columns = plan.ple.vocab_size, self._layers * self._width
         wanted = {"weight": (self.num_rows, columns)}
@@ -72,7 +91,16 @@ class PerLayerRows:
         """Rows of shape (B, T, L, P), unscaled, in the table's dtype (or its scales').
 
         Raises:
-            ModelError: called on values that are not known yet, inside mx.compile.
+            ModelError: called on values that are not known yet, inside mx.compile; or a token
+                that the table does not have.
+        """
+        return self.unpack(self.gather(tokens_BT))
+
+    def gather(self, tokens_BT: mx.array | np.ndarray) -> GatheredRows:
+        """The rows of the tokens as they are stored; reads the disk and no device.
+
+        Raises:
+            ModelError: as in `__call__`.
         """
         try:
             if isinstance(tokens_BT, mx.array):
@@ -91,7 +119,15 @@ class PerLayerRows:
                 wanted=f"ids from 0 to {self.num_rows - 1}, the rows of the PLE table",
                 do="use the checkpoint's own tokenizer",
             )
-        rows = {name: self._read(name, unique) for name in self._maps}
+        stored = {name: tensor.read(unique) for name, tensor in self._tensors.items()}
+        return GatheredRows(tokens.shape, inverse.reshape(-1), stored)
+
+    def unpack(self, gathered: GatheredRows) -> mx.array:
+        """Gathered rows as `__call__` returns them."""
+        rows = {name: mx.array(array) for name, array in gathered.stored.items()}
+        for name, tensor in self._tensors.items():
+            if rows[name].dtype != tensor.dtype:
+                rows[name] = rows[name].view(tensor.dtype)
         if "scales" in rows:
             table = mx.dequantize(
                 rows["weight"],
@@ -103,13 +139,8 @@ class PerLayerRows:
             )
         else:
             table = rows["weight"]
-        picked = table[mx.array(inverse.reshape(-1))]
-        return picked.reshape(*tokens.shape, self._layers, self._width)
-
-    def _read(self, name: str, rows: np.ndarray) -> mx.array:
-        memory, dtype = self._maps[name]
-        array = mx.array(memory[rows])
-        return array if array.dtype == dtype else array.view(dtype)
+        picked = table[mx.array(gathered.inverse)]
+        return picked.reshape(*gathered.shape, self._layers, self._width)
 
 
 class DiskEmbedding(nn.Module):
@@ -124,13 +155,35 @@ class DiskEmbedding(nn.Module):
         return self._rows(tokens_BT).flatten(-2)
 
 
-def _memory_map(tensor: StoredTensor) -> tuple[np.ndarray, Any]:
-    if tensor.dtype not in _DTYPES:
-        raise ModelError(
-            f"the PLE table in {tensor.path} has dtype {tensor.dtype}",
-            wanted="one of " + ", ".join(_DTYPES),
-            do="convert the checkpoint",
-        )
-    stored, dtype = _DTYPES[tensor.dtype]
-    memory = np.memmap(tensor.path, stored, "r", tensor.offset, tensor.shape)
-    return memory, dtype
+class _RowFile:
+    """Reads rows of one stored matrix. The file stays open, and closes with this object."""
+
+    def __init__(self, tensor: StoredTensor):
+        if tensor.dtype not in _DTYPES:
+            raise ModelError(
+                f"the PLE table in {tensor.path} has dtype {tensor.dtype}",
+                wanted="one of " + ", ".join(_DTYPES),
+                do="convert the checkpoint",
+            )
+        self._tensor = tensor
+        self._stored, self.dtype = _DTYPES[tensor.dtype]
+        self._file = tensor.path.open("rb", buffering=0)
+
+    def read(self, rows_R: np.ndarray) -> np.ndarray:
+        """(R,) row numbers -> (R, columns), in numpy's type of the width of `dtype`.
+
+        Raises:
+            ModelError: the file has become shorter since it was opened.
+        """
+        picked = np.empty((len(rows_R), *self._tensor.shape[1:]), self._stored)
+        width, file = picked[:1].nbytes, self._file.fileno()
+        for row, into in zip(rows_R.tolist(), picked):
+            found = os.pread(file, width, self._tensor.offset + row * width)
+            if len(found) != width:
+                raise ModelError(
+                    f"{self._tensor.path} ends before row {row} of the PLE table",
+                    wanted="the file as it was when the model was loaded",
+                    do="load the model again",
+                )
+            into[:] = np.frombuffer(found, self._stored)
+        return picked

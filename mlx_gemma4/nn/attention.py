@@ -35,54 +35,88 @@ class Visibility:
     """Which positions each position attends to.
 
     Position i sees j when j <= i (causal), i - j < window where there is a window, and both lie in
-    the same document where rows are packed.
+    the same document where rows are packed. Where images are given, positions of one image see
+    each other too, in one of Gemma 4's two ways: within the window, or whatever the window.
 
     Attributes:
         length: T.
         window: positions that a query sees, itself included; None is no limit.
         segments_BT: document number of every position; None is one document per row.
         longest: no document is longer than this; None is T.
+        images_BT: image number of every position, -1 for text; None is text only.
+        largest_image: no image has more positions than this; None is T.
+        window_limits_images: whether the window holds within an image too.
     """
 
     length: int
     window: int | None = None
     segments_BT: mx.array | None = None
     longest: int | None = None
+    images_BT: mx.array | None = None
+    largest_image: int | None = None
+    window_limits_images: bool = False
 
     @property
     def reach(self) -> int:
-        """The most positions that any query sees, itself included."""
-        limits = (self.length, self.window, self.longest)
+        """The most positions that any query sees up to itself, itself included."""
+        window = self.window
+        if window is not None and self.images_BT is not None and not self.window_limits_images:
+            window = max(window, self._image_reach)
+        limits = (self.length, window, self.longest)
         return min(limit for limit in limits if limit is not None)
 
-    def mask(self, first_query: int, end: int, first_key: int) -> mx.array:
-        """Who of the queries [first_query, end) sees whom of the keys [first_key, end).
+    @property
+    def ahead(self) -> int:
+        """The most positions that any query sees after itself."""
+        return self._image_reach - 1
+
+    @property
+    def _image_reach(self) -> int:
+        if self.images_BT is None:
+            return 1
+        return self.length if self.largest_image is None else self.largest_image
+
+    def mask(self, first_query: int, end: int, first_key: int, end_key: int) -> mx.array:
+        """Who of the queries [first_query, end) sees whom of the keys [first_key, end_key).
 
         Returns:
-            Booleans, (C, S), or (B, 1, 1, C, S) for packed rows.
+            Booleans, (C, S), or (B, 1, 1, C, S) for packed rows and images.
         """
+
+        def same(groups_BT: mx.array) -> tuple[mx.array, mx.array]:
+            mine = groups_BT[:, None, None, first_query:end, None]
+            theirs = groups_BT[:, None, None, None, first_key:end_key]
+            return mine == theirs, mine
+
         i = mx.arange(first_query, end)[:, None]
-        j = mx.arange(first_key, end)[None]
+        j = mx.arange(first_key, end_key)[None]
         sees = j <= i
+        within = None
         if self.window is not None and end - first_key > self.window:
-            sees = sees & (i - j < self.window)
+            within = i - j < self.window
+        if within is not None and not self.window_limits_images:
+            sees = sees & within
+        if self.images_BT is not None:
+            equal, mine = same(self.images_BT)
+            sees = sees | (equal & (mine >= 0))
+        if within is not None and self.window_limits_images:
+            sees = sees & within
         if self.segments_BT is not None:
-            mine = self.segments_BT[:, None, None, first_query:end, None]
-            theirs = self.segments_BT[:, None, None, None, first_key:end]
-            sees = sees & (mine == theirs)
+            sees = sees & same(self.segments_BT)[0]
         return sees
 
     def whole_mask(self) -> mx.array | str:
         """Who sees whom of all, (T, T) or (B, 1, T, T); "causal" where that is all."""
-        if self.segments_BT is not None:
-            return self.mask(0, self.length, 0).squeeze(2)
-        return self.mask(0, self.length, 0) if self.reach < self.length else "causal"
+        T = self.length
+        if self.segments_BT is not None or self.images_BT is not None:
+            return self.mask(0, T, 0, T).squeeze(2)
+        return self.mask(0, T, 0, T) if self.reach < T else "causal"
 
-    def blocks(self, queries: int) -> Iterator[tuple[int, int, int]]:
-        """(first query, end, first key) of each block of at most `queries` queries."""
+    def blocks(self, queries: int) -> Iterator[tuple[int, int, int, int]]:
+        """(first query, end, first key, end of keys) of each block of at most `queries` queries."""
         for first in range(0, self.length, queries):
             end = min(self.length, first + queries)
-            yield first, end, max(0, first + 1 - self.reach)
+            yield first, end, max(0, first + 1 - self.reach), min(self.length, end + self.ahead)
 
 
 def attention(
@@ -116,30 +150,34 @@ def attention(
 
 
 def _queries_of_a_block(B: int, N: int, sees: Visibility) -> int:
-    """A multiple of 64 queries whose scores stay within the budget of a block."""
-    queries = _BLOCK_BYTES // (4 * B * N * sees.reach)
-    return max(_LEAST_QUERIES, min(_MOST_QUERIES, queries // 64 * 64))
+    """A multiple of 64 queries whose scores stay within the budget of a block.
+
+    A block of C queries forms C + reach - 1 scores for each, so C is at most half of the reach.
+    """
+    queries = min(_BLOCK_BYTES // (4 * B * N * sees.reach), sees.reach // 2, _MOST_QUERIES)
+    return max(_LEAST_QUERIES, queries // 64 * 64)
 
 
 def _blockwise(sees: Visibility, queries: int):
     """(q, k, v) -> (attention (B, N, T, H), log-sum-exp (B, N, T)), with a gradient of its own."""
 
-    def scores(q, k, first: int, end: int, first_key: int) -> mx.array:
+    def scores(q, k, first: int, end: int, keys: slice) -> mx.array:
         """(B, K, G, C, S) in float32, -inf where the query does not see the key."""
-        s = (_grouped(q, k) @ k[:, :, first_key:end].swapaxes(-1, -2)).astype(mx.float32)
+        s = (_grouped(q, k) @ k[:, :, keys].swapaxes(-1, -2)).astype(mx.float32)
         s = mx.unflatten(s, 2, (-1, end - first))
-        return mx.where(sees.mask(first, end, first_key), s, -mx.inf)
+        return mx.where(sees.mask(first, end, keys.start, keys.stop), s, -mx.inf)
 
     @mx.custom_function
     def attend(q, k, v):
         mixed, lse, done = [], [], None
-        for first, end, first_key in sees.blocks(queries):
+        for first, end, *keys in sees.blocks(queries):
+            span = slice(*keys)
             block = _after(q[:, :, first:end], done)
-            s = scores(block, k, first, end, first_key)
+            s = scores(block, k, first, end, span)
             top = s.max(axis=-1, keepdims=True)
             weights = mx.exp(s - top)
             total = weights.sum(axis=-1, keepdims=True)
-            out = weights.astype(v.dtype).flatten(2, 3) @ v[:, :, first_key:end]
+            out = weights.astype(v.dtype).flatten(2, 3) @ v[:, :, span]
             out = mx.unflatten(out, 2, (-1, end - first)) / total.astype(v.dtype)
             done = out.flatten(1, 2)
             mixed.append(done)
@@ -153,20 +191,20 @@ def _blockwise(sees: Visibility, queries: int):
         mixed, lse = outputs
         # The row sums of P * dP, from the output alone (Dao et al., section B.2).
         delta = (grad_out * mixed).astype(mx.float32).sum(axis=-1)
-        dq, dk, dv, done = [], mx.zeros_like(k), mx.zeros_like(v), None
-        for first, end, first_key in sees.blocks(queries):
+        # The first block waits as well: merged with the forward pass's, its scores would be kept.
+        dq, dk, dv, done = [], mx.zeros_like(k), mx.zeros_like(v), [grad_out]
+        for first, end, *keys in sees.blocks(queries):
+            span = slice(*keys)
             block = _after(q[:, :, first:end], done)
             grad = _grouped(grad_out[:, :, first:end], k)
-            keys, values = k[:, :, first_key:end], v[:, :, first_key:end]
-            s = scores(block, k, first, end, first_key)
+            s = scores(block, k, first, end, span)
             weights = mx.exp(s - _rows(lse, first, end, k)).flatten(2, 3)
-            ds = (grad @ values.swapaxes(-1, -2)).astype(mx.float32)
+            ds = (grad @ v[:, :, span].swapaxes(-1, -2)).astype(mx.float32)
             ds = weights * (ds - _rows(delta, first, end, k).flatten(2, 3))
             ds = ds.astype(q.dtype)
-            dq.append(mx.unflatten(ds @ keys, 2, (-1, end - first)).flatten(1, 2))
-            span = (slice(None), slice(None), slice(first_key, end))
-            dk = dk.at[span].add(ds.swapaxes(-1, -2) @ _grouped(block, k))
-            dv = dv.at[span].add(weights.astype(v.dtype).swapaxes(-1, -2) @ grad)
+            dq.append(mx.unflatten(ds @ k[:, :, span], 2, (-1, end - first)).flatten(1, 2))
+            dk = dk.at[:, :, span].add(ds.swapaxes(-1, -2) @ _grouped(block, k))
+            dv = dv.at[:, :, span].add(weights.astype(v.dtype).swapaxes(-1, -2) @ grad)
             done = [dq[-1], dk, dv]
         return mx.concatenate(dq, axis=2), dk, dv
 

@@ -30,12 +30,15 @@ class KeyedDropout(nn.Module):
         return mask * x * (1 / self._keep)
 
 
-def draw_keys(layer: nn.Module) -> mx.array | None:
-    """One key for each KeyedDropout of a layer, (n, 2), from the global random state."""
+def draw_keys(layer: nn.Module, key: mx.array | None = None) -> mx.array | None:
+    """One key for each KeyedDropout of a layer, (n, 2); None where nothing is dropped.
+
+    They come from `key`, or from the global random state.
+    """
     count = len(_dropouts(layer))
     if not count or not layer.training:
         return None
-    return mx.random.randint(0, 2**31 - 1, (count, 2)).astype(mx.uint32)
+    return mx.random.randint(0, 2**31 - 1, (count, 2), key=key).astype(mx.uint32)
 
 
 def set_keys(layer: nn.Module, keys: mx.array | None) -> None:

@@ -13,6 +13,8 @@ L layers, P width of per-layer embeddings.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -22,11 +24,17 @@ from ..model.names import lm_head, text_model
 from ..model.plan import LayerPlan, Plan
 from .attention import Visibility, attention
 from .dropout import draw_keys, set_keys
-from .rematerialize import rematerialized
+from .rematerialize import in_pieces, rematerialized, with_parameters
 
 __all__ = ["forward", "head"]
 
 KV = tuple[mx.array, mx.array]
+
+_PIECE_BYTES = 8 * 2**20
+"""What one activation of the MLP may have where its positions are taken a piece at a time; 256
+positions and up, so that its products still fill a GPU."""
+
+_LEAST_POSITIONS = 256
 
 
 def forward(
@@ -37,8 +45,11 @@ def forward(
     ple_BTLP: mx.array | None = None,
     segments_BT: mx.array | None = None,
     longest: int | None = None,
-    rematerialize: bool = False,
+    rematerialize: bool | int = False,
     method: str = "auto",
+    images_BT: mx.array | None = None,
+    largest_image: int | None = None,
+    key: mx.array | None = None,
 ) -> mx.array:
     """Final hidden states (B, T, D), after the last norm.
 
@@ -48,22 +59,26 @@ def forward(
         segments_BT: document number of every position in packed rows; None is one document.
         longest: no document is longer; bounds the work of attention in packed rows.
         rematerialize: keep only the layers' inputs, and run each layer again in the backward
-            pass (Chen et al. 2016, arXiv:1604.06174).
+            pass (Chen et al. 2016, arXiv:1604.06174); a number is how many layers, from the first.
         method: how attention is computed: auto, plain or blockwise; the values are the same.
+        images_BT: image number of every position, -1 for text; decides who sees whom in members
+            in which the tokens of an image see each other.
+        largest_image: no image has more positions; None is T.
+        key: where dropout draws from; None is the global random state.
     """
     text = text_model(backbone)
     hidden_BTD = text.embed_tokens(tokens_BT) * plan.hidden_size**0.5
     inputs = _per_layer_inputs(text, plan, hidden_BTD, ple_BTLP)
-    sees = {
-        layer.kind: Visibility(tokens_BT.shape[1], layer.window, segments_BT, longest)
-        for layer in plan.layers
-    }
-    run = _rematerialized if rematerialize else _plain
+    everyone = Visibility(tokens_BT.shape[1], None, segments_BT, longest, images_BT, largest_image)
+    sees = {layer.kind: _visibility(plan, layer, everyone) for layer in plan.layers}
+    lean = len(plan.layers) if rematerialize is True else int(rematerialize)
     shared: dict[int, KV] = {}
-    for layer_plan, layer, input_BTP in zip(plan.layers, text.layers, inputs):
+    keys = [None] * len(plan.layers) if key is None else mx.random.split(key, len(plan.layers))
+    for layer_plan, layer, own_key, input_BTP in zip(plan.layers, text.layers, keys, inputs):
+        run = _rematerialized if layer_plan.index < lean else _plain
         hidden_BTD, kv = run(
             layer,
-            draw_keys(layer),
+            draw_keys(layer, own_key),
             hidden_BTD,
             input_BTP,
             shared.get(layer_plan.kv_source),
@@ -99,6 +114,7 @@ def decoder_layer(
     layer_plan: LayerPlan,
     sees: Visibility,
     method: str,
+    piece: int | None = None,
 ) -> tuple[mx.array, KV]:
     """One decoder layer.
 
@@ -107,6 +123,8 @@ def decoder_layer(
         shared_kv: keys and values of the layer's source; None if the layer has its own.
         sees: who attends to whom.
         method: how attention is computed.
+        piece: positions that go through the MLP together; None is all. Only for layers that are
+            rematerialised: it costs nothing there.
 
     Returns:
         The layer's output (B, T, D), and the keys and values that it attended to.
@@ -115,7 +133,15 @@ def decoder_layer(
         layer.self_attn, layer_plan, layer.input_layernorm(hidden_BTD), shared_kv, sees, method
     )
     hidden_BTD = hidden_BTD + layer.post_attention_layernorm(mixed)
+    inputs = [hidden_BTD] if input_BTP is None else [hidden_BTD, input_BTP]
+    after = partial(_after_attention, layer, plan)
+    return (_piecewise(layer, after, piece, inputs) if piece else after(*inputs)), kv
 
+
+def _after_attention(
+    layer: Any, plan: Plan, hidden_BTD: mx.array, input_BTP: mx.array | None = None
+) -> mx.array:
+    """The rest of a layer, in which no position looks at another: MLP, experts, per-layer input."""
     update = _mlp(layer.mlp, layer.pre_feedforward_layernorm(hidden_BTD))
     if plan.moe is not None:
         update = layer.post_feedforward_layernorm_1(update) + _experts(layer, plan, hidden_BTD)
@@ -125,7 +151,15 @@ def decoder_layer(
         gate = nn.gelu_approx(layer.per_layer_input_gate(hidden_BTD))
         update = layer.per_layer_projection(gate * input_BTP)
         hidden_BTD = hidden_BTD + layer.post_per_layer_input_norm(update)
-    return hidden_BTD * layer.layer_scalar, kv
+    return hidden_BTD * layer.layer_scalar
+
+
+def _visibility(plan: Plan, layer: LayerPlan, everyone: Visibility) -> Visibility:
+    """Who sees whom in a layer: images matter in some members, and in some of their layers."""
+    unified = plan.model_type.startswith("gemma4_unified")
+    if plan.bidirectional is None or (layer.window is None and not unified):
+        everyone = replace(everyone, images_BT=None)
+    return replace(everyone, window=layer.window, window_limits_images=not unified)
 
 
 def _per_layer_inputs(
@@ -199,15 +233,30 @@ def _rematerialized(
 ) -> tuple[mx.array, KV]:
     """`decoder_layer`, of which only inputs and outputs are kept for the backward pass.
 
-    Parameters, K/V and dropout keys are explicit inputs of the checkpointed function, because
+    Parameters, K/V and dropout keys are explicit inputs of the function that runs again, because
     what it closes over gets no gradient. `facts` (plans and masks) need none.
     """
+    hidden_BTD = values[0]
+    # Dropout draws one mask for all positions.
+    piece = _positions_of_a_piece(hidden_BTD, facts["layer_plan"]) if keys is None else None
 
-    def run(parameters: Any, keys: mx.array | None, *values: Any) -> tuple[mx.array, KV]:
-        layer.update(parameters)
-        return _plain(layer, keys, *values, **facts)
+    def run(keys: mx.array | None, *values: Any) -> tuple[mx.array, KV]:
+        return _plain(layer, keys, *values, piece=piece, **facts)
 
     parameters = layer.trainable_parameters()
-    result = rematerialized(run)(parameters, keys, *values)
-    layer.update(parameters)
-    return result
+    return rematerialized(with_parameters(layer, parameters, run))(parameters, keys, *values)
+
+
+def _piecewise(
+    layer: Any, after: Callable[..., mx.array], piece: int, inputs: list[mx.array]
+) -> mx.array:
+    parameters = {k: v for k, v in layer.trainable_parameters().items() if k != "self_attn"}
+    return in_pieces(with_parameters(layer, parameters, after), piece, axis=1)(parameters, *inputs)
+
+
+def _positions_of_a_piece(hidden_BTD: mx.array, layer_plan: LayerPlan) -> int | None:
+    """A multiple of 64 positions whose MLP activations stay within the budget; None if all do."""
+    B, T, _ = hidden_BTD.shape
+    bytes_of_one = B * layer_plan.mlp_width * hidden_BTD.dtype.size
+    piece = max(_LEAST_POSITIONS, _PIECE_BYTES // bytes_of_one // 64 * 64)
+    return piece if piece < T else None

@@ -21,6 +21,7 @@ import mlx.nn as nn
 from ..model.names import flat, lm_head, text_model
 from ..model.plan import Plan
 from .forward import head
+from .rematerialize import in_pieces, with_parameters
 
 __all__ = ["cross_entropy_sum"]
 
@@ -40,6 +41,8 @@ def cross_entropy_sum(
     targets_BT: mx.array,
     weights_BT: mx.array,
     rows_R: mx.array | None = None,
+    *,
+    gradient: bool = True,
 ) -> mx.array:
     """Sum over positions of weight * -log p(target), a float32 scalar.
 
@@ -49,6 +52,7 @@ def cross_entropy_sum(
         weights_BT: weight of each target; 0 is no target.
         rows_R: flat positions that have a target; the others never meet the head. Repeated
             positions count once. None is all.
+        gradient: whether the loss will be differentiated; without, half of the work is saved.
     """
     hidden, targets = hidden_BTD.flatten(0, 1), targets_BT.flatten()
     weights = weights_BT.flatten().astype(mx.float32)
@@ -57,9 +61,9 @@ def cross_entropy_sum(
         first = mx.concatenate([mx.ones((1,)), (rows_R[1:] != rows_R[:-1]).astype(mx.float32)])
         hidden, targets, weights = hidden[rows_R], targets[rows_R], weights[rows_R] * first
     module = text_model(backbone).embed_tokens if plan.tied else lm_head(backbone)
-    if flat(module.trainable_parameters()) or not _knows(module):
-        return _with_trainable_head(backbone, plan, hidden, targets, weights)
-    return _with_frozen_head(module, plan, hidden, targets, weights)
+    if gradient and _knows(module) and not flat(module.trainable_parameters()):
+        return _with_frozen_head(module, plan, hidden, targets, weights)
+    return _with_any_head(module, backbone, plan, hidden, targets, weights)
 
 
 def _with_frozen_head(
@@ -99,13 +103,28 @@ def _with_frozen_head(
     return outputs[0]
 
 
-def _with_trainable_head(
-    backbone: nn.Module, plan: Plan, hidden_RD: mx.array, targets_R: mx.array, weights_R: mx.array
+def _with_any_head(
+    module: nn.Module,
+    backbone: nn.Module,
+    plan: Plan,
+    hidden_RD: mx.array,
+    targets_R: mx.array,
+    weights_R: mx.array,
 ) -> mx.array:
-    """Plain: the head's own gradient is as large as the head anyway."""
-    logits_RV = head(backbone, plan, hidden_RD)
-    picked_R = mx.take_along_axis(logits_RV, targets_R[:, None], axis=-1).squeeze(-1)
-    return ((mx.logsumexp(logits_RV, axis=-1) - picked_R) * weights_R).sum()
+    """Chunk after chunk through the head as it is: trained, adapted, or not differentiated.
+
+    A chunk's logits are made again in the backward pass, where its share of the head's own
+    gradient is added up.
+    """
+
+    def losses(hidden_CD: mx.array, targets_C: mx.array, weights_C: mx.array) -> mx.array:
+        logits_CV = head(backbone, plan, hidden_CD)
+        picked_C = mx.take_along_axis(logits_CV, targets_C[:, None], axis=-1).squeeze(-1)
+        return (mx.logsumexp(logits_CV, axis=-1) - picked_C) * weights_C
+
+    parameters = module.trainable_parameters()
+    run = in_pieces(with_parameters(module, parameters, losses), _chunk_rows(plan), axis=0)
+    return run(parameters, hidden_RD, targets_R, weights_R).sum()
 
 
 def _chunk_rows(plan: Plan) -> int:

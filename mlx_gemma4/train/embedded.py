@@ -31,7 +31,7 @@ PROMPT = "What does get_name(self) do?"
 
 DEFAULTS: dict[str, Any] = {
     "iters": 150,
-    "batch_size": 8,
+    "batch_size": 2,
     "learning_rate": 3e-3,
     "lr_schedule": "linear",
     "warmup_steps": 10,

@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ import numpy as np
 import yaml
 
 from ..config import LoraConfig, TrainConfig, flatten
-from ..data.batches import Example, batch_order, collate
 from ..data.dataset import Dataset
+from ..data.order import BatchOrder, Rows
 from ..errors import DataError, TrainingError
 from ..gemma import Gemma4
 from ..model.names import flat
@@ -24,14 +25,17 @@ from ..nn.adapter import save_adapter
 from ..nn.lora import adapted_modules
 from .callbacks import Callback, Console, MetricsFile
 from .checkpoint import Progress, newest_checkpoint, restore_checkpoint, save_checkpoint
+from .evaluate import evaluate
+from .feed import prepared
+from .meter import Meter
 from .run import Run
-from .step import loss_sum, train_step
+from .step import CompiledStep
 
-__all__ = ["evaluate", "finetune"]
+__all__ = ["finetune"]
 
 # Settings that a resumed run may change without becoming another run.
 _FREE_ON_RESUME = {
-    *("iters", "epochs", "learning_rate", "grad_checkpoint", "attention"),
+    *("iters", "epochs", "learning_rate", "rematerialize", "attention"),
     *("report_every", "eval_every", "val_batches", "save_every"),
 }
 
@@ -71,7 +75,7 @@ def finetune(
         )
     checkpoint = _claim(Path(output), resume) if output else None
     _prepare(gemma, config, lora)
-    total = _total_steps(len(data.train), config)
+    total = _total_steps(_order(data, config), config)
     optimizer = optim.Adam(_learning_rate(config, total), bias_correction=True)
     optimizer.init(gemma.backbone.trainable_parameters())
     run = Run(gemma, output=Path(output) if output else None)
@@ -97,21 +101,6 @@ def finetune(
     return run
 
 
-def evaluate(
-    gemma: Gemma4, examples: Sequence[Example], batch_size: int, limit: int | None = None
-) -> float:
-    """Mean loss per target token, in nats, over all examples (or the first `limit` batches)."""
-    gemma.backbone.eval()
-    total, targets = 0.0, 0.0
-    starts = range(0, len(examples), batch_size)
-    for start in starts[:limit]:
-        batch = collate(examples[start : start + batch_size]).with_ple_rows(gemma)
-        loss, count = loss_sum(gemma, batch), batch.num_targets
-        mx.eval(loss, count)
-        total, targets = total + float(loss), targets + float(count)
-    return total / targets
-
-
 def _fixed_on_resume(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that a resumed run must share; a schedule that falls ends with the run."""
     falling = settings["lr_schedule"] != "constant"
@@ -134,12 +123,11 @@ def _prepare(gemma: Gemma4, config: TrainConfig, lora: LoraConfig | None) -> Non
         gemma.add_lora(lora or LoraConfig())
 
 
-def _total_steps(count: int, config: TrainConfig) -> int:
+def _total_steps(order: BatchOrder, config: TrainConfig) -> int:
     if config.iters is not None:
         return config.iters
-    batches = math.ceil(count / config.batch_size)
-    epochs = 1.0 if config.epochs is None else config.epochs
-    return max(1, math.ceil(epochs * batches / config.grad_accumulation_steps))
+    batches = order.num_batches(1.0 if config.epochs is None else config.epochs)
+    return max(1, math.ceil(batches / config.grad_accumulation_steps))
 
 
 def _learning_rate(config: TrainConfig, total: int) -> Any:
@@ -208,34 +196,29 @@ def _run(
     gemma = run.gemma
     resident = mx.get_active_memory()
     started = time.perf_counter()
-    meter = _Meter(run, listeners)
+    meter = Meter(run, listeners)
 
     def held_out() -> float | None:
-        if not data.valid:
-            return None
-        return evaluate(gemma, data.valid, config.batch_size, config.val_batches)
+        return evaluate(gemma, data.valid, data.config, config) if data.valid else None
 
     if not progress.step:
         meter.report(0, float(optimizer.learning_rate), val_loss=held_out())
-    stream = _batches(data.train, config, progress.next_batch)
-    for step in range(progress.step + 1, total + 1):
-        mx.random.seed(int(np.random.SeedSequence([config.seed, step]).generate_state(1)[0]))
+    step_once = CompiledStep(
+        gemma, optimizer, rematerialize=config.rematerialize == "layer", attention=config.attention
+    )
+    steps = _steps(_order(data, config), config, progress, total)
+    for (step, following, picked), batches in prepared(gemma, data.train, steps):
         gemma.backbone.train()
-        picked = [next(stream) for _ in range(config.grad_accumulation_steps)]
-        step_loss, step_targets = train_step(
-            gemma,
-            optimizer,
-            [collate(examples).with_ple_rows(gemma) for _, examples in picked],
-            rematerialize=config.grad_checkpoint,
-            attention=config.attention,
-        )
+        random = np.random.SeedSequence([config.seed, step]).generate_state(1)[0]
+        step_loss, step_targets = step_once(batches, mx.random.key(int(random)))
+        # One step at a time on the device: the next one's memory would add to this one's.
         mx.eval(step_loss, step_targets, gemma.backbone.trainable_parameters(), optimizer.state)
         loss, targets = float(step_loss), float(step_targets)
         _require_finite(loss, step, run)
-        meter.add(loss, targets, sum(len(e) for _, batch in picked for e in batch))
+        meter.add(loss, targets, sum(len(data.train[i]) for i in picked))
         for listener in listeners:
             listener.advance(step, loss / targets)
-        progress = Progress(step, picked[-1][0] + 1)
+        progress = Progress(step, following)
         due = step == total or step % config.eval_every == 0
         if due or step % config.report_every == 0:
             rate = float(optimizer.learning_rate)
@@ -245,49 +228,28 @@ def _run(
             save_adapter(gemma.backbone, run.output / "adapter", gemma.lora, gemma.name)
     gemma.backbone.eval()
     run.summary = _summary(run, data, config, total, time.perf_counter() - started, resident)
+    run.summary["compilations"] = step_once.compilations
     if run.output:
         (run.output / "summary.json").write_text(json.dumps(run.summary, indent=2) + "\n")
 
 
-def _batches(
-    examples: Sequence[Example], config: TrainConfig, start: int
-) -> Iterator[tuple[int, list[Example]]]:
-    for number, indices in batch_order(len(examples), config.batch_size, config.seed, start):
-        yield number, [examples[i] for i in indices]
+def _order(data: Dataset, config: TrainConfig) -> BatchOrder:
+    """An example takes a position less than it has tokens: nothing follows its last."""
+    lengths = [len(example) - 1 for example in data.train]
+    capacity = max(data.config.max_seq_length, *lengths, 1) if config.packing else None
+    return BatchOrder(lengths, config.batch_size, config.seed, capacity)
 
 
-class _Meter:
-    """Sums between reports, and the reports themselves."""
-
-    def __init__(self, run: Run, listeners: Sequence[Callback]):
-        self._run, self._listeners = run, listeners
-        mx.reset_peak_memory()
-        self._clear()
-
-    def _clear(self) -> None:
-        self._loss, self._targets, self._tokens = 0.0, 0.0, 0
-        self._since = time.perf_counter()
-
-    def add(self, loss: float, targets: float, tokens: int) -> None:
-        self._loss += loss
-        self._targets += targets
-        self._tokens += tokens
-
-    def report(self, step: int, learning_rate: float, val_loss: float | None) -> None:
-        seconds = time.perf_counter() - self._since
-        metrics = {
-            "step": step,
-            "loss": self._loss / self._targets if self._targets else None,
-            "val_loss": val_loss,
-            "tokens": self._tokens,
-            "tokens_per_second": self._tokens / seconds if self._tokens else 0.0,
-            "learning_rate": learning_rate,
-            "peak_memory_gb": mx.get_peak_memory() / 1e9,
-        }
-        self._run.history.append(metrics)
-        for listener in self._listeners:
-            listener.report(metrics)
-        self._clear()
+def _steps(
+    order: BatchOrder, config: TrainConfig, progress: Progress, total: int
+) -> Iterator[tuple[tuple[int, int, list[int]], list[Rows]]]:
+    """For each step ((its number, the number of the batch after it, its examples), its batches)."""
+    stream = order.batches(progress.next_batch)
+    for step in range(progress.step + 1, total + 1):
+        numbered = list(islice(stream, config.grad_accumulation_steps))
+        batches = [rows for _, rows in numbered]
+        examples = [i for rows in batches for row in rows for i in row]
+        yield (step, numbered[-1][0] + 1, examples), batches
 
 
 def _require_finite(loss: float, step: int, run: Run) -> None:
@@ -316,7 +278,7 @@ def _summary(
         ),
         "val_loss_before": evaluated[0] if evaluated else None,
         "val_loss": evaluated[-1] if evaluated else None,
-        "test_loss": (evaluate(run.gemma, data.test, config.batch_size) if data.test else None),
+        "test_loss": evaluate(run.gemma, data.test, data.config, config) if data.test else None,
         "trainable_parameters": sum(value.size for value in trainable.values()),
         "adapted_modules": dict(adapted_modules(run.gemma.backbone)),
         "peak_memory_gb": mx.get_peak_memory() / 1e9,

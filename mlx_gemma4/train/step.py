@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -17,13 +18,22 @@ from ..model.names import flat
 from ..nn.forward import forward
 from ..nn.loss import cross_entropy_sum
 
-__all__ = ["loss_and_grads", "loss_sum", "train_step"]
+__all__ = ["CompiledStep", "loss_and_grads", "loss_sum", "train_step"]
 
 
 def loss_sum(
-    gemma: Gemma4, batch: Batch, *, rematerialize: bool = False, attention: str = "auto"
+    gemma: Gemma4,
+    batch: Batch,
+    *,
+    rematerialize: bool | int = False,
+    attention: str = "auto",
+    key: mx.array | None = None,
+    gradient: bool = True,
 ) -> mx.array:
-    """Sum of weighted cross-entropy over a batch's targets, a float32 scalar."""
+    """Sum of weighted cross-entropy over a batch's targets, a float32 scalar.
+
+    Without `gradient` it is not to be differentiated, and takes less time.
+    """
     hidden = forward(
         gemma.backbone,
         gemma.plan,
@@ -33,22 +43,36 @@ def loss_sum(
         longest=batch.longest,
         rematerialize=rematerialize,
         method=attention,
+        key=key,
     )
     return cross_entropy_sum(
-        gemma.backbone, gemma.plan, hidden, batch.targets_BT, batch.weights_BT, batch.rows_R
+        gemma.backbone,
+        gemma.plan,
+        hidden,
+        batch.targets_BT,
+        batch.weights_BT,
+        batch.rows_R,
+        gradient=gradient,
     )
 
 
 def loss_and_grads(
-    gemma: Gemma4, batch: Batch, *, rematerialize: bool = False, attention: str = "auto"
+    gemma: Gemma4,
+    batch: Batch,
+    *,
+    rematerialize: bool | int = False,
+    attention: str = "auto",
+    key: mx.array | None = None,
 ) -> tuple[mx.array, mx.array, dict[str, Any]]:
     """The loss sum, the number of targets, and the gradients of the sum.
 
     Args:
         gemma: after `add_lora` or `train_all`, which say what has gradients.
         batch: PLE rows are added if it has none.
-        rematerialize: keep layer boundaries only; same values, less memory.
+        rematerialize: keep layer boundaries only; same values, less memory. A number is how many
+            layers, from the first.
         attention: auto, plain or blockwise; same values.
+        key: where dropout draws from; None is the global random state.
 
     Returns:
         (loss sum, number of targets, gradients as a tree of the backbone's trainable
@@ -66,7 +90,7 @@ def loss_and_grads(
     batch = batch.with_ple_rows(gemma)
     value_and_grad = nn.value_and_grad(
         gemma.backbone,
-        lambda: loss_sum(gemma, batch, rematerialize=rematerialize, attention=attention),
+        lambda: loss_sum(gemma, batch, rematerialize=rematerialize, attention=attention, key=key),
     )
     parameters = gemma.backbone.trainable_parameters()
     value, grads = value_and_grad()
@@ -79,21 +103,70 @@ def train_step(
     optimizer: optim.Optimizer,
     batches: Sequence[Batch],
     *,
-    rematerialize: bool = False,
+    rematerialize: bool | int = False,
     attention: str = "auto",
+    key: mx.array | None = None,
 ) -> tuple[mx.array, mx.array]:
     """One optimizer step over the batches of an accumulation, as if they were one.
 
+    Args:
+        key: where dropout draws from; None is the global random state.
+
     Returns:
-        (loss sum, number of targets) of all batches together, not yet evaluated. Gradients are
-        sent off batch by batch, so that one batch's activations are alive at a time.
+        (loss sum, number of targets) of all batches together, not yet evaluated.
     """
-    how: dict[str, Any] = {"rematerialize": rematerialize, "attention": attention}
-    total, targets, grads = loss_and_grads(gemma, batches[0], **how)
-    for batch in batches[1:]:
-        mx.async_eval(total, targets, grads)
-        more, count, added = loss_and_grads(gemma, batch, **how)
-        total, targets = total + more, targets + count
-        grads = tree_map(mx.add, grads, added)
+    total, targets, grads = mx.zeros(()), mx.zeros(()), None
+    keys = [None] * len(batches) if key is None else mx.random.split(key, len(batches))
+    for batch, own in zip(batches, keys):
+        if grads is not None:
+            # One batch's activations are alive at a time.
+            tokens = mx.depends(batch.tokens_BT, [total, *flat(grads).values()])
+            batch = replace(batch, tokens_BT=tokens)
+        loss, count, added = loss_and_grads(
+            gemma, batch, rematerialize=rematerialize, attention=attention, key=own
+        )
+        total, targets = total + loss, targets + count
+        grads = added if grads is None else tree_map(mx.add, grads, added)
     optimizer.update(gemma.backbone, tree_map(lambda grad: grad / targets, grads))
     return total, targets
+
+
+class CompiledStep:
+    """`train_step`, compiled once for every set of shapes that it meets.
+
+    Attributes:
+        compilations: how often it was compiled.
+    """
+
+    def __init__(self, gemma: Gemma4, optimizer: optim.Optimizer, **how: Any):
+        self._gemma, self._optimizer, self._how = gemma, optimizer, how
+        self._compiled = mx.compile(self._pure)
+        self.compilations = 0
+
+    def __call__(
+        self, batches: Sequence[Batch], key: mx.array | None = None
+    ) -> tuple[mx.array, mx.array]:
+        """As `train_step`. Batches carry their PLE rows."""
+        backbone, optimizer = self._gemma.backbone, self._optimizer
+        parameters, state = backbone.trainable_parameters(), optimizer.state
+        try:
+            total, targets, parameters, state = self._compiled(
+                parameters, state, [batch.fields() for batch in batches], key
+            )
+        finally:
+            # What was traced is taken out again, also where that failed.
+            backbone.update(parameters)
+            optimizer.state = state
+        return total, targets
+
+    def _pure(
+        self, parameters: Any, state: Any, batches: Any, key: mx.array | None
+    ) -> tuple[mx.array, mx.array, Any, Any]:
+        self.compilations += 1
+        backbone, optimizer = self._gemma.backbone, self._optimizer
+        backbone.update(parameters)
+        optimizer.state = state
+        total, targets = train_step(
+            self._gemma, optimizer, [Batch(**fields) for fields in batches], key=key, **self._how
+        )
+        return total, targets, backbone.trainable_parameters(), optimizer.state
