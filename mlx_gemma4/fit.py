@@ -111,15 +111,15 @@ def _table(plan: Any, memory: int, bits: int | None, how: dict[str, Any]) -> Non
         b: resident_bytes(plan, lora, b, how["group_size"], how["dtype"]) for b in precisions
     }
     heads = "".join(f"{_precision(b, how['dtype']):>12}" for b in precisions)
-    print(f"\npeak with batch_size 1 (* does not fit)\n{'max_seq_length':>14}  grad_checkpoint{heads}")
-    for checkpoint in (False, True):
+    print(f"\npeak with batch_size 1 (* does not fit)\n{'max_seq_length':>14}    rematerialize{heads}")
+    for lean in (False, True):
         for length in _LENGTHS:
             step = forecast(
-                plan, batch_size=1, length=length, rematerialize=checkpoint, bits=bits, **how
+                plan, batch_size=1, length=length, rematerialize=lean, bits=bits, **how
             ).step
             cells = [resident[b] + step for b in precisions]
             shown = "".join(f"{size(n) + ('*' if n > memory else ' '):>12}" for n in cells)
-            print(f"{length:>14}  {'yes' if checkpoint else 'no':>15}{shown}", flush=True)
+            print(f"{length:>14}  {'layer' if lean else 'none':>15}{shown}", flush=True)
 
 
 def _precision(bits: int | None, dtype: str) -> str:

@@ -9,13 +9,12 @@ import pytest
 
 import mlx_gemma4 as g4
 from mlx_gemma4.config import LoraConfig
-from mlx_gemma4.model.names import flat
 from mlx_gemma4.model.plan import Plan
 from mlx_gemma4.model.tiny import SHAPES
 from mlx_gemma4.train.evaluator import CPU
 from mlx_gemma4.train.memory import forecast
 from mlx_gemma4.train.skeleton import build_batch, build_skeleton
-from mlx_gemma4.train.step import train_step
+from mlx_gemma4.train.step import CompiledStep, train_step
 
 TOLERANCE = 0.15
 
@@ -62,9 +61,13 @@ def measured(plan: Plan, **settings) -> int:
     )
     fields = [getattr(batch, field.name) for field in dataclasses.fields(batch)]
     mx.eval([value for value in fields if isinstance(value, mx.array)])
+    compiled = CompiledStep(gemma, optimizer, **how)
     mx.clear_cache()
     mx.reset_peak_memory()
-    loss, targets = train_step(gemma, optimizer, [batch], **how)
+    if settings["compiled"]:
+        loss, targets = compiled([batch])
+    else:
+        loss, targets = train_step(gemma, optimizer, [batch], **how)
     mx.eval(loss, targets, gemma.backbone.trainable_parameters(), optimizer.state)
     return mx.get_peak_memory() - resident
 
@@ -73,6 +76,7 @@ def setting(shape: str, length: int = 320, attention: str = "blockwise", **chang
     defaults = {
         "batch_size": 1, "longest": None, "targets": 1.0, "fine_tune_type": "lora",
         "lora": LoraConfig(rank=8), "bits": None, "dtype": "float32", "rematerialize": False,
+        "compiled": False,
     }  # fmt: skip
     return shape, {**defaults, "length": length, "attention": attention, **changes}
 
@@ -84,11 +88,11 @@ GRID = [
         for length, attention in ((192, "plain"), (320, "blockwise"))
         for rematerialize in (False, True)
     ),
-    setting("e2b", batch_size=3),
-    setting("e2b", batch_size=3, rematerialize=True),
+    setting("e2b", 192, batch_size=2),
+    setting("e2b", 192, batch_size=2, rematerialize=True),
     setting("dense", lora=LoraConfig(rank=64)),
     setting("dense", lora=LoraConfig(rank=64, targets=("q_proj", "v_proj"))),
-    setting("moe", lora=LoraConfig(rank=4, targets=("q_proj", "experts"))),
+    setting("moe", lora=LoraConfig(rank=4, targets=("q_proj", "v_proj", "router.proj"))),
     setting("e2b", 192, "plain", fine_tune_type="full"),
     setting("dense", 192, "plain", fine_tune_type="full"),
     setting("dense", fine_tune_type="full", rematerialize=True),
@@ -99,7 +103,9 @@ GRID = [
     setting("unified", 640, longest=128),
     setting("e2b", 640, longest=128, rematerialize=True),
     setting("dense", 192, attention="plain", longest=64),
-    setting("text", 128, "plain", dtype="bfloat16"),
+    setting("text", 160, "plain", dtype="bfloat16"),
+    setting("text", 160, compiled=True),
+    setting("text", 160, compiled=True, rematerialize=True),
 ]
 
 

@@ -31,27 +31,24 @@ class Choice:
 
     Attributes:
         bits: of the weights; None is the checkpoint as it is.
-        grad_checkpoint: whether layers are rematerialised.
+        rematerialize: none or layer.
     """
 
     bits: int | None
     max_seq_length: int
     batch_size: int
     grad_accumulation_steps: int
-    grad_checkpoint: bool
+    rematerialize: str
     forecast: Forecast
 
     def settings(self) -> dict[str, Any]:
         """What goes to DataConfig and TrainConfig."""
-        names = ("max_seq_length", "batch_size", "grad_accumulation_steps", "grad_checkpoint")
+        names = ("max_seq_length", "batch_size", "grad_accumulation_steps", "rematerialize")
         return {name: getattr(self, name) for name in names}
 
     def flags(self) -> str:
         """The same as flags of `python -m mlx_gemma4.train`."""
-        given = self.settings()
-        checkpoint = given.pop("grad_checkpoint")
-        words = [f"--{key.replace('_', '-')} {value}" for key, value in given.items()]
-        return " ".join([*words, *(["--grad-checkpoint"] if checkpoint else [])])
+        return " ".join(f"--{k.replace('_', '-')} {v}" for k, v in self.settings().items())
 
 
 def choose(
@@ -87,8 +84,8 @@ def choose(
     >>> from mlx_gemma4.model.plan import Plan, read_config
     >>> from mlx_gemma4.train.choose import choose
     >>> choice = choose(Plan.from_config(read_config(tiny)), 1e9, max_seq_length=128)
-    >>> choice.batch_size, choice.grad_checkpoint
-    (4, False)
+    >>> choice.batch_size, choice.rematerialize
+    (4, 'none')
     """
     adapters = lora if fine_tune_type == "lora" else None
     how |= {"fine_tune_type": fine_tune_type, "lora": lora}
@@ -108,20 +105,21 @@ def choose(
                 least = min(least, resident)
                 continue
             found = None
-            for batch, accumulated, checkpoint in _ways(batch_size):
+            for batch, accumulated, lean in _ways(batch_size):
                 predicted = forecast(
                     plan,
                     batch_size=batch,
                     length=length,
                     bits=precision,
-                    rematerialize=checkpoint,
+                    rematerialize=lean,
                     **how,
                 )
                 needed = predicted.resident + predicted.step * (1 + _MARGIN)
                 least = min(least, needed)
                 if needed <= memory:
-                    found = Choice(precision, length, batch, accumulated, checkpoint, predicted)
-                elif checkpoint and batch == 1:
+                    way = "layer" if lean else "none"
+                    found = Choice(precision, length, batch, accumulated, way, predicted)
+                elif lean and batch == 1:
                     break
                 if found:
                     return found

@@ -89,7 +89,7 @@ class _Settings:
     T: int
     longest: int | None
     targets: float
-    rematerialize: Any
+    rematerialize: bool | int
     attention: str
     compiled: bool
     pace: Pace
@@ -107,9 +107,9 @@ def forecast(
     bits: int | None = None,
     group_size: int = 64,
     dtype: str = "bfloat16",
-    rematerialize: Any = False,
+    rematerialize: bool | int = False,
     attention: str = "auto",
-    compiled: bool = False,
+    compiled: bool = True,
     pace: Pace | None = None,
     profile: bool = False,
 ) -> Forecast:
@@ -239,6 +239,15 @@ def _over_layers(plan: _Hashed, settings: _Settings) -> tuple[int, int]:
     counts, base = _few_layers(plan.plan)
     if counts == base:
         return _traced(plan, settings)[:2]
+    lean = settings.rematerialize
+    if not isinstance(lean, bool):
+        none, all_of_them = (
+            _over_layers(plan, dataclasses.replace(settings, rematerialize=r))
+            for r in (False, True)
+        )
+        share = min(1.0, lean / len(plan.plan.layers))
+        step, least = (round(a + (b - a) * share) for a, b in zip(none, all_of_them))
+        return step, least
     start = _traced(_Hashed(_with_layers(plan.plan, base)), settings)[:2]
     step, least = start
     for kind, count in counts.items():

@@ -13,6 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..errors import CapabilityError
 from .cuts import Cuts
 
 __all__ = ["Graph", "Node", "trace"]
@@ -77,6 +78,10 @@ def trace(
         inputs: only their shapes and dtypes count.
         merged: as in mx.compile, see `Cuts`.
 
+    Raises:
+        CapabilityError: a primitive that MLX's exporter does not know, such as that of the
+            gradient of unquantized experts.
+
     >>> import mlx.core as mx
     >>> from mlx_gemma4.train.tape import trace
     >>> graph = trace(lambda a, b: [(a @ b).sum()], [mx.zeros((4, 8)), mx.zeros((8, 2))])
@@ -119,7 +124,16 @@ def trace(
         return [*outputs, *(array for pair in cuts.pairs for array in pair)]
 
     with cuts.in_place():
-        mx.export_function(record, with_pairs, *inputs)
+        try:
+            mx.export_function(record, with_pairs, *inputs)
+        except ValueError as error:
+            if "state for primitive" not in str(error):
+                raise
+            raise CapabilityError(
+                f"MLX cannot export a step with the primitive {str(error).split()[-1]}",
+                wanted="a step of primitives that mx.export_function knows",
+                do="leave `experts` out of lora_targets, or measure: summary.json has the peak",
+            ) from None
     _join(graph, len(cuts.pairs))
     return graph
 
