@@ -1,7 +1,7 @@
 """Will it fit? What fine-tuning a Gemma 4 takes, from its config.json alone.
 
-    python -m mlx_gemma4.fit google/gemma-4-E2B-it
-    python -m mlx_gemma4.fit google/gemma-4-31B-it --data my_data/ --memory 64GB
+python -m mlx_gemma4.fit google/gemma-4-E2B-it
+python -m mlx_gemma4.fit google/gemma-4-31B-it --data my_data/ --memory 64GB
 """
 
 from __future__ import annotations
@@ -111,7 +111,9 @@ def _table(plan: Any, memory: int, bits: int | None, how: dict[str, Any]) -> Non
         b: resident_bytes(plan, lora, b, how["group_size"], how["dtype"]) for b in precisions
     }
     heads = "".join(f"{_precision(b, how['dtype']):>12}" for b in precisions)
-    print(f"\npeak with batch_size 1 (* does not fit)\n{'max_seq_length':>14}    rematerialize{heads}")
+    print(
+        f"\npeak with batch_size 1 (* does not fit)\n{'max_seq_length':>14}    rematerialize{heads}"
+    )
     for lean in (False, True):
         for length in _LENGTHS:
             step = forecast(

@@ -56,9 +56,7 @@ def measured(plan: Plan, **settings) -> int:
     mx.clear_cache()
     resident = mx.get_active_memory()
     B, T, longest = settings["batch_size"], settings["length"], settings["longest"]
-    batch = build_batch(
-        plan, B, T, longest=longest, targets=settings["targets"], dtype=dtype
-    )
+    batch = build_batch(plan, B, T, longest=longest, targets=settings["targets"], dtype=dtype)
     fields = [getattr(batch, field.name) for field in dataclasses.fields(batch)]
     mx.eval([value for value in fields if isinstance(value, mx.array)])
     compiled = CompiledStep(gemma, optimizer, **how)

@@ -100,9 +100,7 @@ class Cuts:
             outputs, calls = self._run(function, values[: len(primals)], taken)
             return [*outputs, *(array for call in calls for array in call.moving)]
 
-        outputs, grads = self._plain_vjp(
-            cut, [*primals, *_flat(results)], [*given, *_flat(flows)]
-        )
+        outputs, grads = self._plain_vjp(cut, [*primals, *_flat(results)], [*given, *_flat(flows)])
         returned = iter(grads[len(primals) :])
         for call, result, flow in zip(calls, results, flows):
             self.pairs += zip(result, _leaves(call.result))
@@ -196,7 +194,7 @@ def _stand_in(array: mx.array) -> mx.array:
     No two hold the same bits: MLX merges equal scalars.
     """
     bits = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}[array.dtype.size]
-    found = mx.array(next(_NUMBERS) % 256 ** array.dtype.size, bits).view(array.dtype)
+    found = mx.array(next(_NUMBERS) % 256**array.dtype.size, bits).view(array.dtype)
     found = mx.broadcast_to(found, array.shape)
     mx.eval(found)
     return found

@@ -113,9 +113,7 @@ def _product(memory: Memory, node: Node) -> int:
         layout, shape = memory.layouts[array], memory.graph.shapes[array]
         assert layout is not None
         rows, columns = layout.strides[-2:]
-        if not (
-            (rows == shape[-1] and columns == 1) or (rows == 1 and columns == shape[-2])
-        ):
+        if not ((rows == shape[-1] and columns == 1) or (rows == 1 and columns == shape[-2])):
             memory.temporary(memory.graph.nbytes(array))
             copies += 1
     return 2 + copies

@@ -307,9 +307,7 @@ def _traced(
     plan: _Hashed, settings: _Settings, with_held: bool = False
 ) -> tuple[int, int, tuple[Group, ...]]:
     """(step, least, what is held at the peak) of a plan as it is."""
-    skeleton = _skeleton(
-        plan, settings.lora, settings.bits, settings.group_size, settings.dtype
-    )
+    skeleton = _skeleton(plan, settings.lora, settings.bits, settings.group_size, settings.dtype)
     batch = build_batch(
         plan.plan,
         settings.B,
