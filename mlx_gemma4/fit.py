@@ -58,6 +58,12 @@ def main(arguments: list[str] | None = None) -> None:
         may_shorten=True,
         **how,
     )
+    _print_choice(choice, given, wanted, bits)
+
+
+def _print_choice(choice: Any, given: argparse.Namespace, wanted: int, bits: int | None) -> None:
+    """The best that fits, and the command that trains so."""
+    usual, lora = list(LoraConfig().targets), given.fine_tune_type == "lora"
     print(f"\nbest that fits: {choice.forecast}")
     if choice.max_seq_length < wanted:
         print(f"max_seq_length is {choice.max_seq_length}: {wanted} tokens do not fit")
@@ -69,11 +75,11 @@ def main(arguments: list[str] | None = None) -> None:
     words = [
         f"--model {model}",
         f"--data {given.data or 'my_data/'}",
-        *([] if given.fine_tune_type == "lora" else ["--fine-tune-type full"]),
-        *([f"--lora-rank {lora.rank}"] if given.fine_tune_type == "lora" else []),
+        *([] if lora else ["--fine-tune-type full"]),
+        *([f"--lora-rank {given.lora_rank}"] if lora else []),
         *(
-            [f"--lora-targets {' '.join(lora.targets)}"]
-            if lora.targets != LoraConfig().targets
+            [f"--lora-targets {' '.join(given.lora_targets)}"]
+            if lora and list(given.lora_targets) != usual
             else []
         ),
         choice.flags(),

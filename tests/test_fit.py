@@ -59,7 +59,7 @@ def test_what_is_given_up_and_in_which_order(plan, predicted, megabytes, wanted)
 
 
 def test_nothing_is_given_up_unasked(plan, predicted):
-    with pytest.raises(ConfigError, match="the least that was tried takes 18.* MB") as error:
+    with pytest.raises(ConfigError, match=r"the least that was tried takes 18.* MB") as error:
         choose(plan, 18e6)
     assert "quantized checkpoint" in error.value.do
 

@@ -7,7 +7,6 @@ import dataclasses
 import mlx.core as mx
 import pytest
 
-import mlx_gemma4 as g4
 from mlx_gemma4.config import LoraConfig
 from mlx_gemma4.model.plan import Plan
 from mlx_gemma4.model.tiny import SHAPES

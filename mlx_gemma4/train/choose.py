@@ -1,4 +1,11 @@
-"""Settings that fit a memory: what `--fit 16GB` and `python -m mlx_gemma4.fit` choose."""
+"""Settings that fit a memory: what `--fit 16GB` and `python -m mlx_gemma4.fit` choose.
+
+>>> from mlx_gemma4.model.plan import Plan, read_config
+>>> from mlx_gemma4.train.choose import choose
+>>> choice = choose(Plan.from_config(read_config(tiny)), 1e9, max_seq_length=128)
+>>> choice.batch_size, choice.rematerialize
+(4, 'none')
+"""
 
 from __future__ import annotations
 
@@ -80,12 +87,6 @@ def choose(
 
     Raises:
         ConfigError: nothing fits.
-
-    >>> from mlx_gemma4.model.plan import Plan, read_config
-    >>> from mlx_gemma4.train.choose import choose
-    >>> choice = choose(Plan.from_config(read_config(tiny)), 1e9, max_seq_length=128)
-    >>> choice.batch_size, choice.rematerialize
-    (4, 'none')
     """
     adapters = lora if fine_tune_type == "lora" else None
     how |= {"fine_tune_type": fine_tune_type, "lora": lora}
@@ -98,31 +99,19 @@ def choose(
     least = float("inf")
     for length in lengths:
         for precision in precisions:
-            resident = resident_bytes(
-                plan, adapters, precision, how.get("group_size", 64), how.get("dtype", "bfloat16")
-            )
-            if resident >= memory:
+            given = (how.get("group_size", 64), how.get("dtype", "bfloat16"))
+            if (resident := resident_bytes(plan, adapters, precision, *given)) >= memory:
                 least = min(least, resident)
                 continue
-            found = None
             for batch, accumulated, lean in _ways(batch_size):
-                predicted = forecast(
-                    plan,
-                    batch_size=batch,
-                    length=length,
-                    bits=precision,
-                    rematerialize=lean,
-                    **how,
+                found = forecast(
+                    plan, batch_size=batch, length=length, bits=precision, rematerialize=lean, **how
                 )
-                needed = predicted.resident + predicted.step * (1 + _MARGIN)
+                needed = found.resident + found.step * (1 + _MARGIN)
                 least = min(least, needed)
                 if needed <= memory:
                     way = "layer" if lean else "none"
-                    found = Choice(precision, length, batch, accumulated, way, predicted)
-                elif lean and batch == 1:
-                    break
-                if found:
-                    return found
+                    return Choice(precision, length, batch, accumulated, way, found)
     raise ConfigError(
         f"the least that was tried takes {size(least)}, and {size(memory)} are given",
         wanted="memory for weights, adapters, optimizer and one row of a batch",

@@ -78,7 +78,7 @@ class Cuts:
         self, function: Any, values: Sequence[mx.array], stand_ins: Any
     ) -> tuple[list[mx.array], list[_Call]]:
         """Run a function that is being differentiated; its outputs, its custom functions."""
-        outside, calls = (self._calls, self._stand_ins), []
+        outside, calls = (self._calls, self._stand_ins), list[_Call]()
         self._calls, self._stand_ins = calls, stand_ins
         try:
             return _leaves(function(*values)), calls
@@ -117,7 +117,8 @@ class Cuts:
         """mx.value_and_grad of the first argument, a tree; the first result is differentiated."""
 
         def value_and_grad(tree: Any, *rest: Any) -> tuple[Any, Any]:
-            flat, result = tree_flatten(tree), None
+            result: Any = None
+            flat: list[Any] = list(tree_flatten(tree))
 
             def first(*values: mx.array) -> mx.array:
                 nonlocal result
@@ -167,7 +168,8 @@ class _Call:
 
 
 def _leaves(tree: Any) -> list[mx.array]:
-    return [leaf for _, leaf in tree_flatten([tree]) if isinstance(leaf, mx.array)]
+    flat: list[Any] = list(tree_flatten([tree]))
+    return [leaf for _, leaf in flat if isinstance(leaf, mx.array)]
 
 
 def _flat(lists: list[list[mx.array]]) -> list[mx.array]:

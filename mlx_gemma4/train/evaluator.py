@@ -1,7 +1,7 @@
 """What MLX's evaluator holds in memory while it runs a graph: its order, its buffers, its frees.
 
-The order is that of MLX's `eval_impl`: breadth first from the outputs, 20 arrays wide, each when all
-who read it are placed, then backwards. A buffer is free when no array and no pending command
+The order is that of MLX's `eval_impl`: breadth first from the outputs, 20 arrays wide, each when
+all who read it are placed, then backwards. A buffer is free when no array and no pending command
 holds it. The evaluator runs ahead of the device, and what a command reads stays until it is done;
 how far ahead is a `Pace`.
 """
@@ -12,7 +12,8 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from .layout import Layout, dense, lay_out
+from .buffers import Layout, dense
+from .layout import lay_out
 from .tape import Graph, Node
 
 __all__ = ["CPU", "IN_STEP", "METAL", "Held", "Pace", "Simulation", "simulate"]

@@ -1,88 +1,21 @@
 """How MLX lays out what a primitive makes: a view, its input's buffer, or bytes of its own.
 
 One function for each group of primitives, as their CPU code does it (mlx/backend/common and
-mlx/backend/cpu of MLX 0.32; Metal's decides alike for all but its fused kernels). An array here is
-a buffer with strides; whether a buffer may be taken over depends on who else holds it, which
-`Memory` knows.
+mlx/backend/cpu of MLX 0.32; Metal's decides alike for all but its fused kernels). Whether a buffer
+may be taken over depends on who else holds it, which `Memory` knows.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import lru_cache
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
-from .tape import Graph, Node
+from .buffers import DONATION_EXTRA, Memory, dense
+from .tape import Node
+from .views import VIEWS
 
-__all__ = ["Layout", "Memory", "lay_out"]
-
-Shape = tuple[int, ...]
-
-_DONATION_EXTRA = 16384
-"""Bytes by which a buffer that is taken over may be larger than what it will hold."""
-
-
-class Layout(NamedTuple):
-    """Where an array lies: buffer number, strides, flags, elements that the buffer spans."""
-
-    buffer: int
-    strides: Shape
-    contiguous: bool
-    row: bool
-    column: bool
-    data_size: int
-
-
-class Memory(Protocol):
-    """What the rules need to know of the allocator."""
-
-    graph: Graph
-    layouts: list[Layout | None]
-
-    def allocate(self, nbytes: int) -> int: ...
-    def temporary(self, nbytes: int) -> None: ...
-    def is_free(self, node: Node, array: int) -> bool: ...
-    def buffer_size(self, buffer: int) -> int: ...
-
-
-@lru_cache(maxsize=4096)
-def dense_strides(shape: Shape) -> Shape:
-    """Strides of a row-contiguous array, in elements."""
-    strides, step = [], 1
-    for n in reversed(shape):
-        strides.append(step)
-        step *= n
-    return tuple(reversed(strides))
-
-
-@lru_cache(maxsize=65536)
-def contiguity(shape: Shape, strides: Shape) -> tuple[int, bool, bool]:
-    """(elements without broadcast axes, row-contiguous?, column-contiguous?)."""
-    size, forward, backward, row, column = 1, 1, 1, True, True
-    for n, stride in zip(shape, strides):
-        column &= stride == forward or n == 1
-        forward *= n
-        if stride > 0:
-            size *= n
-    for n, stride in zip(reversed(shape), reversed(strides)):
-        row &= stride == backward or n == 1
-        backward *= n
-    return size, row, column
-
-
-@lru_cache(maxsize=4096)
-def _dense_flags(shape: Shape) -> tuple[bool, int]:
-    size = math.prod(shape)
-    return size <= 1 or size == max(shape), size
-
-
-def dense(memory: Memory, array: int) -> Layout:
-    """A row-contiguous array in a new buffer."""
-    shape = memory.graph.shapes[array]
-    column, size = _dense_flags(shape)
-    buffer = memory.allocate(size * memory.graph.itemsizes[array])
-    return Layout(buffer, dense_strides(shape), True, True, column, size)
+__all__ = ["BINARY", "UNARY", "lay_out"]
 
 
 def lay_out(memory: Memory, node: Node) -> int:
@@ -152,7 +85,7 @@ def _takes(memory: Memory, node: Node, array: int) -> bool:
     assert layout is not None
     return (
         graph.itemsizes[array] == graph.itemsizes[out]
-        and memory.buffer_size(layout.buffer) <= graph.nbytes(out) + _DONATION_EXTRA
+        and memory.buffer_size(layout.buffer) <= graph.nbytes(out) + DONATION_EXTRA
         and memory.is_free(node, array)
     )
 
@@ -309,7 +242,7 @@ def _contiguous(memory: Memory, node: Node) -> int:
     array, out = node.inputs[0], node.outputs[0]
     layout = memory.layouts[array]
     assert layout is not None
-    small = memory.buffer_size(layout.buffer) <= memory.graph.nbytes(out) + _DONATION_EXTRA
+    small = memory.buffer_size(layout.buffer) <= memory.graph.nbytes(out) + DONATION_EXTRA
     allowed = layout.row or (bool(node.settings and node.settings[0]) and layout.column)
     if small and allowed:
         memory.layouts[out] = layout
@@ -318,146 +251,17 @@ def _contiguous(memory: Memory, node: Node) -> int:
     return 2
 
 
-def _reshape(memory: Memory, node: Node) -> int:
-    array, out = node.inputs[0], node.outputs[0]
-    layout = memory.layouts[array]
-    assert layout is not None
-    old, new = memory.graph.shapes[array], memory.graph.shapes[out]
-    if layout.row:
-        memory.layouts[out] = layout._replace(
-            strides=dense_strides(new), column=_dense_flags(new)[0]
-        )
-        return 1
-    strides = _reshaped_strides(old, layout.strides, new) if old else (0,) * len(new)
-    if strides is None:
-        memory.layouts[out] = dense(memory, out)
-        return 2
-    memory.layouts[out] = layout._replace(strides=strides)
-    return 1
-
-
-@lru_cache(maxsize=65536)
-def _reshaped_strides(old: Shape, strides: Shape, new: Shape) -> Shape | None:
-    """Strides under which the same elements have a new shape; None if they need a copy."""
-    shape, steps = [old[0]], [strides[0]]
-    for n, stride in zip(old[1:], strides[1:]):
-        if n == 1:
-            continue
-        if stride * n == steps[-1]:
-            shape[-1] *= n
-            steps[-1] = stride
-        else:
-            shape.append(n)
-            steps.append(stride)
-    result: list[int] = []
-    at = 0
-    for n in new:
-        if at < len(shape) and shape[at] % n == 0:
-            shape[at] //= n
-            result.append(shape[at] * steps[at])
-            at += shape[at] == 1
-        elif n == 1:
-            result.append(result[-1])
-        else:
-            return None
-    return tuple(result)
-
-
-# ---------------------------------------------------------------- views
-
-
-def _view(change: Callable[[Memory, Node, Layout, int], Layout]) -> Callable[[Memory, Node], int]:
-    def rule(memory: Memory, node: Node) -> int:
-        layout = memory.layouts[node.inputs[0]]
-        assert layout is not None
-        for position, out in enumerate(node.outputs):
-            memory.layouts[out] = change(memory, node, layout, position)
-        return 1
-
-    return rule
-
-
-def _broadcast(memory: Memory, node: Node, layout: Layout, _: int) -> Layout:
-    old, new = memory.graph.shapes[node.inputs[0]], memory.graph.shapes[node.outputs[0]]
-    kept = tuple(0 if n == 1 else stride for n, stride in zip(old, layout.strides))
-    layout = layout._replace(strides=(0,) * (len(new) - len(old)) + kept)
-    return layout._replace(row=False, column=False) if new != old else layout
-
-
-def _expand_dims(memory: Memory, node: Node, layout: Layout, _: int) -> Layout:
-    strides = list(layout.strides)
-    for axis in node.settings[0]:
-        strides.insert(axis, 1)
-    return layout._replace(strides=tuple(strides))
-
-
-def _squeeze(memory: Memory, node: Node, layout: Layout, _: int) -> Layout:
-    gone = set(node.settings[0])
-    kept = (stride for axis, stride in enumerate(layout.strides) if axis not in gone)
-    return layout._replace(strides=tuple(kept))
-
-
-def _transpose(memory: Memory, node: Node, layout: Layout, _: int) -> Layout:
-    shape = memory.graph.shapes[node.outputs[0]]
-    strides = tuple(layout.strides[axis] for axis in node.settings[0])
-    layout = layout._replace(strides=strides)
-    if layout.contiguous and layout.data_size == _dense_flags(shape)[1]:
-        _, row, column = contiguity(shape, strides)
-        return layout._replace(row=row, column=column)
-    return layout
-
-
-def _slice(memory: Memory, node: Node, layout: Layout, _: int) -> Layout:
-    shape, steps = memory.graph.shapes[node.outputs[0]], node.settings[2]
-    strides = tuple(stride * step for stride, step in zip(layout.strides, steps))
-    spans = 1 + sum(abs(stride) * (n - 1) for n, stride in zip(shape, strides))
-    size, row, column = contiguity(shape, strides)
-    return layout._replace(
-        strides=strides, row=row, column=column, contiguous=size == spans, data_size=spans
-    )
-
-
-def _split(memory: Memory, node: Node, layout: Layout, position: int) -> Layout:
-    shape = memory.graph.shapes[node.outputs[position]]
-    size, row, column = contiguity(shape, layout.strides)
-    contiguous = layout.contiguous
-    if size == 1:
-        contiguous = True
-    elif size != layout.data_size:
-        contiguous = contiguous and (row or column)
-    return layout._replace(row=row, column=column, contiguous=contiguous, data_size=size)
-
-
-def _as_strided(memory: Memory, node: Node, layout: Layout, _: int) -> Layout:
-    shape, strides = memory.graph.shapes[node.outputs[0]], tuple(node.settings[1])
-    spans = 1 + sum(abs(stride) * (n - 1) for n, stride in zip(shape, strides))
-    size, row, column = contiguity(shape, strides)
-    return layout._replace(
-        strides=strides, row=row, column=column, contiguous=size == spans, data_size=spans
-    )
-
-
-def _same(memory: Memory, node: Node, layout: Layout, position: int) -> Layout:
-    found = memory.layouts[node.inputs[position]]
-    assert found is not None
-    return found
-
-
-def _last_inputs(memory: Memory, node: Node, layout: Layout, position: int) -> Layout:
-    found = memory.layouts[node.inputs[len(node.inputs) - len(node.outputs) + position]]
-    assert found is not None
-    return found
-
-
-_UNARY = (
-    "Abs ArcCos ArcCosh ArcSin ArcSinh ArcTan ArcTanh BitwiseInvert Ceil Conjugate Cos Cosh Erf "
-    "ErfInv Exp Expm1 Floor Imag Log Log1p LogicalNot Negative Real Round Sigmoid Sign Sin Sinh "
-    "Square Sqrt Rsqrt Tan Tanh"
-).split()
-_BINARY = (
-    "Add ArcTan2 BitwiseBinary Divide Equal Greater GreaterEqual Less LessEqual LogAddExp "
-    "LogicalAnd LogicalOr Maximum Minimum Multiply NotEqual Power Remainder Subtract"
-).split()
+_UNARY = [
+    "Abs", "ArcCos", "ArcCosh", "ArcSin", "ArcSinh", "ArcTan", "ArcTanh", "BitwiseInvert", "Ceil",
+    "Conjugate", "Cos", "Cosh", "Erf", "ErfInv", "Exp", "Expm1", "Floor", "Imag", "Log", "Log1p",
+    "LogicalNot", "Negative", "Real", "Round", "Sigmoid", "Sign", "Sin", "Sinh", "Square", "Sqrt",
+    "Rsqrt", "Tan", "Tanh",
+]  # fmt: skip
+_BINARY = [
+    "Add", "ArcTan2", "BitwiseBinary", "Divide", "Equal", "Greater", "GreaterEqual", "Less",
+    "LessEqual", "LogAddExp", "LogicalAnd", "LogicalOr", "Maximum", "Minimum", "Multiply",
+    "NotEqual", "Power", "Remainder", "Subtract",
+]  # fmt: skip
 
 _RULES: dict[str, Callable[[Memory, Node], int]] = {
     **dict.fromkeys(_UNARY, _unary),
@@ -473,16 +277,7 @@ _RULES: dict[str, Callable[[Memory, Node], int]] = {
     **dict.fromkeys(("Scatter", "ScatterAxis", "SliceUpdate", "DynamicSliceUpdate"), _updated),
     **dict.fromkeys(("Sort", "Partition"), _as_type),
     "Contiguous": _contiguous,
-    **dict.fromkeys(("Reshape", "Flatten", "Unflatten"), _reshape),
-    **dict.fromkeys(("Broadcast", "BroadcastAxes"), _view(_broadcast)),
-    "ExpandDims": _view(_expand_dims),
-    "Squeeze": _view(_squeeze),
-    "Transpose": _view(_transpose),
-    "Slice": _view(_slice),
-    "Split": _view(_split),
-    "AsStrided": _view(_as_strided),
-    **dict.fromkeys(("Copy", "StopGradient", "Depends", "View"), _view(_same)),
-    "CustomTransforms": _view(_last_inputs),
+    **VIEWS,
 }
 
 UNARY, BINARY = frozenset(_UNARY), frozenset(_BINARY)

@@ -7,6 +7,16 @@ forecast follows the code that trains, and no formula has to be kept in step wit
 A graph grows with layers and with blocks of attention. Of a deep model a few layers of each kind
 are traced, and the rest counted: what a layer adds is the same every time. Lengths over 2048 are
 counted from two shorter ones in the same way.
+
+`tiny` is the folder of a small checkpoint:
+
+>>> from mlx_gemma4.model.plan import Plan, read_config
+>>> from mlx_gemma4.train.memory import forecast
+>>> plan = Plan.from_config(read_config(tiny))
+>>> whole = forecast(plan, batch_size=1, length=256)
+>>> lean = forecast(plan, batch_size=1, length=256, rematerialize=True)
+>>> lean.peak < whole.peak, lean.resident == whole.resident
+(True, True)
 """
 
 from __future__ import annotations
@@ -118,56 +128,39 @@ def forecast(
     Args:
         plan: a Plan, or a parsed config.json.
         batch_size, length: rows and tokens of a batch.
-        longest: the longest document of packed rows; None is one document per row.
+        longest: of the documents of packed rows; None is one document per row.
         targets: the share of tokens that are learned.
         fine_tune_type: lora or full.
-        bits, group_size: of quantized weights; None is full precision.
-        dtype: of the weights that are not quantized.
+        bits, group_size, dtype: of the weights; None bits is full precision.
         rematerialize, attention: as in `train_step`.
         compiled: whether the step runs through mx.compile.
         pace: how the evaluator runs ahead; by default as on this machine's device.
         profile: say what is alive at the peak.
 
     Raises:
-        ModelError: a config.json that is none of Gemma 4.
-        AdapterError: a LoRA target that the model does not have.
-        ConfigError: full fine-tuning of quantized weights.
-
-    >>> from mlx_gemma4.model.plan import Plan, read_config
-    >>> from mlx_gemma4.train.memory import forecast
-    >>> plan = Plan.from_config(read_config(tiny))
-    >>> whole = forecast(plan, batch_size=1, length=256)
-    >>> lean = forecast(plan, batch_size=1, length=256, rematerialize=True)
-    >>> lean.peak < whole.peak, lean.resident == whole.resident
-    (True, True)
+        Gemma4Error: no Gemma 4, unknown targets, full fine-tuning of quantized weights, or (a
+            CapabilityError) a step that MLX cannot export.
     """
     if not isinstance(plan, Plan):
         plan = Plan.from_config(plan)
-    if pace is None:
-        pace = METAL if mx.default_device().type == mx.DeviceType.gpu else CPU
     settings = _Settings(
-        lora=lora if fine_tune_type == "lora" else None,
-        bits=bits,
-        group_size=group_size,
-        dtype=dtype,
-        B=batch_size,
-        T=length,
-        longest=longest,
-        targets=targets,
-        rematerialize=rematerialize,
-        attention=attention,
-        compiled=compiled,
-        pace=pace,
+        *(lora if fine_tune_type == "lora" else None, bits, group_size, dtype),
+        *(batch_size, length, longest, targets, rematerialize, attention, compiled),
+        pace or _own_pace(),
     )
-    frozen = _Hashed(plan)
-    step, least = _step_bytes(frozen, settings)
+    key = _Hashed(plan)
+    step, least = _step_bytes(key, settings)
     return Forecast(
         resident=resident_bytes(plan, settings.lora, bits, group_size, dtype),
         step=step,
         least=least,
         floor=floor_bytes(plan, batch_size, length, dtype),
-        held=_profile(frozen, settings) if profile else (),
+        held=_profile(key, settings) if profile else (),
     )
+
+
+def _own_pace() -> Pace:
+    return METAL if mx.default_device().type == mx.DeviceType.gpu else CPU
 
 
 def resident_bytes(
@@ -225,7 +218,7 @@ class _Hashed:
 def _step_bytes(plan: _Hashed, settings: _Settings) -> tuple[int, int]:
     """(step, least), counted in length where it is long."""
     low, high = _LENGTHS_TRACED
-    if settings.T <= high or settings.attention == "plain":
+    if high >= settings.T or settings.attention == "plain":
         return _over_layers(plan, settings)
     at_low = _over_layers(plan, dataclasses.replace(settings, T=low))
     at_high = _over_layers(plan, dataclasses.replace(settings, T=high))
@@ -265,13 +258,13 @@ def _profile(plan: _Hashed, settings: _Settings) -> tuple[Group, ...]:
     return _traced(plan, settings, with_held=True)[2]
 
 
-def _few_layers(plan: Plan) -> tuple[Mapping[Any, int], Mapping[Any, int]]:
+def _few_layers(plan: Plan) -> tuple[dict[Any, int], dict[Any, int]]:
     """Layers of each kind: all, and those of the model that is traced instead, if it is quicker."""
     counts = Counter(_kind(layer) for layer in plan.layers)
     base = {kind: min(_OF_EACH_KIND, count) for kind, count in counts.items()}
     more = [kind for kind in counts if counts[kind] > base[kind]]
     traced = sum(base.values()) * (1 + len(more)) + len(more)
-    return (counts, base) if traced < len(plan.layers) else (counts, dict(counts))
+    return dict(counts), (base if traced < len(plan.layers) else dict(counts))
 
 
 def _kind(layer: LayerPlan) -> tuple[bool, str]:

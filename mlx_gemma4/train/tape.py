@@ -89,6 +89,29 @@ def trace(
     ['Matmul', 'Reduce', 'Squeeze']
     """
     graph = Graph()
+    cuts = Cuts(merged)
+
+    def with_pairs(*arrays: mx.array) -> list[mx.array]:
+        outputs = list(function(*arrays))
+        return [*outputs, *(array for pair in cuts.pairs for array in pair)]
+
+    with cuts.in_place():
+        try:
+            mx.export_function(_recorder(graph), with_pairs, *inputs)
+        except ValueError as error:
+            if "state for primitive" not in str(error):
+                raise
+            raise CapabilityError(
+                f"MLX cannot export a step with the primitive {str(error).split()[-1]}",
+                wanted="a step of primitives that mx.export_function knows",
+                do="leave `experts` out of lora_targets, or measure: summary.json has the peak",
+            ) from None
+    _join(graph, len(cuts.pairs))
+    return graph
+
+
+def _recorder(graph: Graph) -> Callable[[dict[str, Any]], None]:
+    """Writes what mx.export_function tells into a graph."""
     numbers: dict[str, int] = {}
 
     def number(name: str, shape: Any, dtype: mx.Dtype) -> int:
@@ -117,25 +140,7 @@ def trace(
                 number(name, value.shape, value.dtype) for name, value in event["constants"]
             ]
 
-    cuts = Cuts(merged)
-
-    def with_pairs(*arrays: mx.array) -> list[mx.array]:
-        outputs = list(function(*arrays))
-        return [*outputs, *(array for pair in cuts.pairs for array in pair)]
-
-    with cuts.in_place():
-        try:
-            mx.export_function(record, with_pairs, *inputs)
-        except ValueError as error:
-            if "state for primitive" not in str(error):
-                raise
-            raise CapabilityError(
-                f"MLX cannot export a step with the primitive {str(error).split()[-1]}",
-                wanted="a step of primitives that mx.export_function knows",
-                do="leave `experts` out of lora_targets, or measure: summary.json has the peak",
-            ) from None
-    _join(graph, len(cuts.pairs))
-    return graph
+    return record
 
 
 def _join(graph: Graph, count: int) -> None:
