@@ -22,7 +22,7 @@ UPSTREAM = {"model", "nn.lora", "export.receivers"}
 
 
 def room(module: str) -> str:
-    is_command = module == "generate" or module.endswith("__main__")
+    is_command = module in ("fit", "generate") or module.endswith("__main__")
     return "commands" if is_command else module.split(".")[0]
 
 
@@ -135,5 +135,5 @@ def test_main_lists_the_commands(capsys):
 
     main()
     printed = capsys.readouterr().out
-    for command in ("mlx_gemma4.train", "mlx_gemma4.generate", "mlx_gemma4.export"):
-        assert f"python -m {command}" in printed
+    for command in ("train", "generate", "export", "fit", "data"):
+        assert f"python -m mlx_gemma4.{command}" in printed
