@@ -196,6 +196,15 @@ def test_thinking_is_asked_for_only_where_a_thought_is_shown(tokenizer):
     assert "<|think|>" not in tokenizer.decode(plain.tokens)
 
 
+def test_a_thought_after_a_result_that_holds_a_marker_is_shown(tokenizer):
+    turns = [*AGENT[:2], {**AGENT[2], "content": "<|turn>"}, AGENT[3]]
+    turns[1] = {**turns[1], "reasoning": ""}
+    example = encode(row(*turns), tokenizer, "last")
+    assert "<|think|>" in tokenizer.decode(example.tokens)
+    said = tokenizer.decode(example.tokens[example.mask])
+    assert said == "<|channel>thought\nDone.\n<channel|>It is 3.<turn|>"
+
+
 def test_an_empty_thought_that_the_template_writes_is_not_learned(tokenizer):
     tokenizer.chat_template = EMPTY_THOUGHT_PROMPT.replace(
         "{{- message['content'] | trim -}}",

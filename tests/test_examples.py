@@ -98,7 +98,9 @@ def test_the_readme_names_flags_that_exist():
         "--" + (item.metadata["prefix"] + item.name).replace("_", "-")
         for group in (RunConfig, DataConfig, TrainConfig, LoraConfig)
         for item in dataclasses.fields(group)
-    } | {"--config", "--adapter", "--prompt", "--help", "--max-tokens", "--temperature", "--format"}
+    }
+    known |= {"--config", "--adapter", "--prompt", "--help", "--max-tokens", "--temperature"}
+    known |= {"--format", "--show"}
     readme = (ROOT / "README.md").read_text()
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", readme)) <= known
 

@@ -78,11 +78,14 @@ def render(row: Row, vocabulary: Vocabulary, thinking: str) -> Rendering:
     shown = [] if thinking == "drop" else thoughts
     tools = list(row.tools) or None
     options: dict[str, Any] = {"tools": tools, "tokenize": False, "enable_thinking": True}
-    text = _apply(row, tokenizer, messages, options) if shown else ""
-    if not _shows(text, shown):
+    text, forged = "", frozenset[int]()
+    if shown:
+        text = _apply(row, tokenizer, messages, options)
+        forged = _forged(row, tokenizer, messages, options, text)
+    if not _shows(text, forged, shown):
         del options["enable_thinking"]
         text = _apply(row, tokenizer, messages, options)
-    forged = _forged(row, tokenizer, messages, options, text)
+        forged = _forged(row, tokenizer, messages, options, text)
     _require_all(row, text, forged)
     generated = None
     if _marks_generation(tokenizer.get_chat_template(None, tools)):
@@ -134,8 +137,9 @@ def _thoughts(turn: dict[str, Any]) -> list[str]:
     return [thought for thought in thoughts if thought]
 
 
-def _shows(text: str, thoughts: list[str]) -> bool:
-    spans = chain(*model_turns(text, find_marks(text), 0, 0))
+def _shows(text: str, forged: frozenset[int], thoughts: list[str]) -> bool:
+    marks = [mark for mark in find_marks(text) if mark.char not in forged]
+    spans = chain(*model_turns(text, marks, 0, 0))
     return any(span.kind == "thought" and span.text in thoughts for span in spans)
 
 
