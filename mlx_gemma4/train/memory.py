@@ -144,10 +144,11 @@ def forecast(
     if not isinstance(plan, Plan):
         plan = Plan.from_config(plan)
     settings = _Settings(
-        *(lora if fine_tune_type == "lora" else None, bits, group_size, dtype),
-        *(batch_size, length, longest, targets, rematerialize, attention, compiled),
-        pace or _own_pace(),
-    )
+        lora=lora if fine_tune_type == "lora" else None, bits=bits, group_size=group_size,
+        dtype=dtype, B=batch_size, T=length, longest=longest, targets=targets,
+        rematerialize=rematerialize, attention=attention, compiled=compiled,
+        pace=pace or _own_pace(),
+    )  # fmt: skip
     key = _Hashed(plan)
     step, least = _step_bytes(key, settings)
     return Forecast(
