@@ -13,8 +13,9 @@ from helpers import CHAT, write_rows
 
 from mlx_gemma4.config import DataConfig
 from mlx_gemma4.data import __main__ as command
-from mlx_gemma4.data.batches import Example, batch_order
+from mlx_gemma4.data.batches import Example, collate
 from mlx_gemma4.data.dataset import Dataset, read
+from mlx_gemma4.data.order import BatchOrder
 from mlx_gemma4.data.show import Shown
 from mlx_gemma4.errors import DataError, run_command
 
@@ -57,13 +58,15 @@ def test_duplicates_within_and_across_splits(data):
     assert figures["across_splits"] == {"train and valid": 1}
 
 
-def test_padding_and_steps_are_those_of_the_first_epoch(data):
-    order = batch_order(len(data), 3, seed=0)
-    batches = [[len(data[i]) for i in next(order)[1]] for _ in range(2)]
-    filled = sum(max(batch) * len(batch) for batch in batches)
-    epoch = data.stats(batch_size=3)["epoch"]
-    assert epoch["batches"] == 2
-    assert epoch["padding"] == pytest.approx(1 - sum(map(sum, batches)) / filled)
+@pytest.mark.parametrize("packing", [True, False])
+def test_padding_and_steps_are_those_of_the_first_epoch(data, packing):
+    lengths = [len(example) - 1 for example in data]
+    capacity = data.config.max_seq_length if packing else None
+    batches = BatchOrder(lengths, 3, 0, capacity).epoch(0)
+    made = [collate([[data[i] for i in row] for row in rows]) for rows in batches]
+    epoch = data.stats(batch_size=3, packing=packing)["epoch"]
+    assert epoch["batches"] == len(batches)
+    assert epoch["padding"] == 1 - sum(lengths) / sum(batch.tokens_BT.size for batch in made)
 
 
 def test_an_example_as_text(data):

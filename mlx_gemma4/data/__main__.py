@@ -39,14 +39,14 @@ def text_side(path_or_hub_id: str | Path) -> TextSide:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options, model, data, config, batch_size = _settings(arguments)
+    options, model, data, config, train = _settings(arguments)
 
     from .dataset import read
     from .report import report
     from .show import page
 
     dataset = read(data, text_side(model), config)
-    figures = dataset.stats(batch_size)
+    figures = dataset.stats(train.batch_size, train.packing)
     if options["html"]:
         _write(Path(options["html"]), page(dataset, figures, max(options["show"], 20)))
     if options["json"]:
@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
         print("\n" + dataset.show(index).text(colour=colour))
 
 
-def _settings(arguments: list[str] | None) -> tuple[dict[str, Any], str, str, DataConfig, int]:
+def _settings(arguments: list[str] | None) -> tuple[dict[str, Any], str, str, DataConfig, TrainConfig]:
     parser = argparse.ArgumentParser(
         prog="python -m mlx_gemma4.data",
         usage="python -m mlx_gemma4.data --model MODEL --data DATA [--show N] [settings]",
@@ -70,7 +70,13 @@ def _settings(arguments: list[str] | None) -> tuple[dict[str, Any], str, str, Da
     parser.add_argument("-c", "--config", metavar="FILE", help="a YAML file of a run's settings")
     parser.add_argument("--model", default=default, help="a model folder or a Hugging Face id")
     parser.add_argument("--data", default=default, help="files, a folder, or a Hub dataset")
-    parser.add_argument("--batch-size", type=int, default=default, help="examples in a batch")
+    parser.add_argument("--batch-size", type=int, default=default, help="rows in a batch")
+    parser.add_argument(
+        "--packing",
+        action=argparse.BooleanOptionalAction,
+        default=default,
+        help="whether examples share rows (default: yes)",
+    )
     parser.add_argument(
         "--show", type=int, default=0, metavar="N", help="print the first N examples"
     )
@@ -89,7 +95,7 @@ def _settings(arguments: list[str] | None) -> tuple[dict[str, Any], str, str, Da
             wanted="a model, for its tokenizer and template, and data",
             do="give both",
         )
-    return options, run.model, run.data, data, train.batch_size
+    return options, run.model, run.data, data, train
 
 
 def _write(path: Path, text: str) -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..gemma import Gemma4
     from ..model.ple import GatheredRows
 
-__all__ = ["Batch", "Example", "collate", "collate_alike"]
+__all__ = ["Batch", "Example", "collate", "collate_alike", "padded_length"]
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def collate_alike(
     parts = [[[row] if isinstance(row, Example) else list(row) for row in rows] for rows in batches]
     every = [row for rows in parts for row in rows]
     positions = [len(example) - 1 for row in every for example in row]
-    length = _bucket(max(sum(len(example) - 1 for example in row) for row in every), 32)
+    length = padded_length(max(sum(len(example) - 1 for example in row) for row in every))
     packed = len(positions) > len(every)
     # A power of two: few bounds occur, and so few compiled shapes.
     longest = max(64, 1 << (max(positions) - 1).bit_length()) if packed else length
@@ -193,6 +193,11 @@ def _collate(
         rows_R=mx.array(np.pad(learned, (0, targets - len(learned)), "edge").astype(np.int32)),
         longest=longest if longest is not None and longest < length else None,
     )
+
+
+def padded_length(positions: int) -> int:
+    """The length of a batch whose longest row has so many positions."""
+    return _bucket(positions, 32)
 
 
 def _bucket(count: int, least: int) -> int:

@@ -101,15 +101,15 @@ class Dataset:
 
         return Shown.of(getattr(self, split)[index], self.tokenizer, f"{split}[{index}]")
 
-    def stats(self, batch_size: int = 4) -> dict[str, Any]:
+    def stats(self, batch_size: int = 1, packing: bool = True) -> dict[str, Any]:
         """Counts of everything that was read, as plain numbers, lists and dicts.
 
         Args:
-            batch_size: examples in a batch, for padding and steps an epoch.
+            batch_size, packing: as in TrainConfig, for padding and steps an epoch.
         """
         from .report import stats
 
-        return stats(self, batch_size)
+        return stats(self, batch_size, packing)
 
     def __repr__(self) -> str:
         from .report import summary

@@ -11,7 +11,7 @@ import numpy as np
 from .batches import Example
 from .store import Store
 
-__all__ = ["Examples"]
+__all__ = ["Examples", "lengths_of"]
 
 
 class Examples(Sequence[Example]):
@@ -87,3 +87,10 @@ class Examples(Sequence[Example]):
 
     def __repr__(self) -> str:
         return f"<{len(self):,} examples>"
+
+
+def lengths_of(examples: Sequence[Example]) -> np.ndarray:
+    """Tokens of each example; those of a split are known without making it."""
+    if isinstance(examples, Examples):
+        return examples.lengths
+    return np.array([len(example) for example in examples], np.int64)

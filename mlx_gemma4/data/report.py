@@ -6,21 +6,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .batches import batch_order
+from .batches import padded_length
 from .examples import Examples
+from .order import BatchOrder
 from .files import SPLITS
 
 if TYPE_CHECKING:
     from .dataset import Dataset
 
-__all__ = ["report", "stats", "summary"]
+__all__ = ["epoch_line", "report", "stats", "summary"]
 
 _BINS = 12
 _BAR = 40
 
 
-def stats(dataset: Dataset, batch_size: int) -> dict[str, Any]:
+def stats(dataset: Dataset, batch_size: int, packing: bool) -> dict[str, Any]:
     """All figures of a dataset, fit for JSON."""
+    capacity = dataset.config.max_seq_length if packing else None
     facts, splits = dataset.facts, {name: _examples(dataset, name) for name in SPLITS}
     seen = {name: np.unique(part.digests) for name, part in splits.items()}
     return {
@@ -42,7 +44,7 @@ def stats(dataset: Dataset, batch_size: int) -> dict[str, Any]:
             for a, b in (("train", "valid"), ("train", "test"), ("valid", "test"))
             if splits[a] and splits[b]
         },
-        "epoch": _epoch(splits["train"].lengths, batch_size),
+        "epoch": _epoch(splits["train"].lengths, batch_size, capacity),
     }
 
 
@@ -72,17 +74,28 @@ def _split(examples: Examples, kinds: np.ndarray) -> dict[str, Any]:
     }
 
 
-def _epoch(lengths: np.ndarray, batch_size: int) -> dict[str, Any]:
-    """Batches of an epoch and the share of padding in them, as `collate` makes them."""
+def _epoch(lengths: np.ndarray, batch_size: int, capacity: int | None) -> dict[str, Any]:
+    """Batches of an epoch and the share of padding in them, as `finetune` makes them."""
+    figures = {"batch_size": batch_size, "packed": capacity is not None, "batches": 0, "rows": 0}
     if not len(lengths):
-        return {"batch_size": batch_size, "batches": 0, "padding": 0.0}
-    starts = np.arange(0, len(lengths), batch_size)
-    order = batch_order(len(lengths), batch_size, seed=0)
-    picked = lengths[np.concatenate([next(order)[1] for _ in starts])]
-    sizes = np.diff([*starts, len(lengths)])
-    filled = int((np.maximum.reduceat(picked, starts) * sizes).sum())
-    padding = 1 - int(lengths.sum()) / filled
-    return {"batch_size": batch_size, "batches": len(starts), "padding": padding}
+        return {**figures, "padding": 0.0}
+    positions = lengths - 1
+    batches = BatchOrder(positions, batch_size, 0, capacity).epoch(0)
+    filled = sum(
+        len(rows) * padded_length(max(int(positions[row].sum()) for row in rows))
+        for rows in batches
+    )
+    figures |= {"batches": len(batches), "rows": sum(map(len, batches))}
+    return {**figures, "padding": 1 - int(positions.sum()) / filled}
+
+
+def epoch_line(epoch: dict[str, Any]) -> str:
+    """An epoch in a sentence."""
+    what = "packed rows" if epoch["packed"] else "examples"
+    return (
+        f"an epoch: {epoch['batches']:,} steps of {epoch['batch_size']} {what}, "
+        f"{epoch['padding']:.1%} padding"
+    )
 
 
 def summary(dataset: Dataset) -> str:
@@ -130,9 +143,5 @@ def report(dataset: Dataset, figures: dict[str, Any]) -> str:
     lines.append("  duplicates: " + ", ".join(f"{n:,} in {s}" for s, n in repeated.items()))
     for pair, count in figures["across_splits"].items():
         lines.append(f"  in both {pair}: {count:,}" + ("  <- held-out rows leak" if count else ""))
-    epoch = figures["epoch"]
-    lines.append(
-        f"  an epoch: {epoch['batches']:,} steps of {epoch['batch_size']} examples, "
-        f"{epoch['padding']:.1%} padding"
-    )
+    lines.append("  " + epoch_line(figures["epoch"]))
     return "\n".join(lines)

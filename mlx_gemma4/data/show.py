@@ -10,6 +10,7 @@ import numpy as np
 
 from ..errors import DataError
 from .batches import Example
+from .report import epoch_line
 
 if TYPE_CHECKING:
     from .dataset import Dataset
@@ -151,7 +152,6 @@ def _split_table(figures: dict[str, Any]) -> str:
 
 
 def _facts(figures: dict[str, Any]) -> list[str]:
-    epoch = figures["epoch"]
     shapes = ", ".join(f"{count:,} {shape}" for shape, count in figures["shapes"].items())
     return [
         f"{figures['rows']:,} rows ({', '.join(figures['formats'])}): {shapes}",
@@ -162,6 +162,5 @@ def _facts(figures: dict[str, Any]) -> list[str]:
         *figures["bad_rows"][:5],
         *(f"{count:,} {note}" for note, count in figures["notes"].items()),
         *(f"in both {pair}: {n:,}" for pair, n in figures["across_splits"].items()),
-        f"an epoch: {epoch['batches']:,} steps of {epoch['batch_size']} examples, "
-        f"{epoch['padding']:.1%} padding",
+        epoch_line(figures["epoch"]),
     ]

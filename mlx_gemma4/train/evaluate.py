@@ -8,6 +8,7 @@ import mlx.core as mx
 
 from ..config import DataConfig, TrainConfig
 from ..data.batches import Example
+from ..data.examples import lengths_of
 from ..data.order import pack
 from ..gemma import Gemma4
 from .feed import prepared
@@ -29,7 +30,7 @@ def evaluate(
         config: gives the batch size, and whether rows are packed.
     """
     gemma.backbone.eval()
-    lengths = [len(example) - 1 for example in examples]
+    lengths = (lengths_of(examples) - 1).tolist()
     rows = [[i] for i in range(len(examples))]
     if config.packing:
         rows = pack(lengths, max(data.max_seq_length, *lengths, 1))

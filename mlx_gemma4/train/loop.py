@@ -215,7 +215,7 @@ def _run(
         mx.eval(step_loss, step_targets, gemma.backbone.trainable_parameters(), optimizer.state)
         loss, targets = float(step_loss), float(step_targets)
         _require_finite(loss, step, run)
-        meter.add(loss, targets, sum(len(data.train[i]) for i in picked))
+        meter.add(loss, targets, int(data.train.lengths[picked].sum()))
         for listener in listeners:
             listener.advance(step, loss / targets)
         progress = Progress(step, following)
@@ -235,9 +235,9 @@ def _run(
 
 def _order(data: Dataset, config: TrainConfig) -> BatchOrder:
     """An example takes a position less than it has tokens: nothing follows its last."""
-    lengths = [len(example) - 1 for example in data.train]
-    capacity = max(data.config.max_seq_length, *lengths, 1) if config.packing else None
-    return BatchOrder(lengths, config.batch_size, config.seed, capacity)
+    positions = data.train.lengths - 1
+    capacity = max(data.config.max_seq_length, int(positions.max())) if config.packing else None
+    return BatchOrder(positions, config.batch_size, config.seed, capacity)
 
 
 def _steps(
