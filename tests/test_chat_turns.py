@@ -296,3 +296,14 @@ def test_a_tokenizer_set_to_cut_and_pad_does_neither(tokenizer):
     wanted = encode(agent, tokenizer, "all").tokens.tolist()
     tokenizer(["a", "a b c"], padding=True, truncation=True, max_length=4)
     assert encode(agent, tokenizer, "all").tokens.tolist() == wanted
+
+
+def test_a_tokenizer_that_adds_a_bos_of_its_own_does_not_double_it(tokenizer):
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", 2)]
+    )
+    assert tokenizer("a")["input_ids"][0] == 2
+    for example in encode_rows([row(*AGENT), Row("text", (), "a", "f:1")], tokenizer, "all"):
+        assert example.tokens.tolist().count(2) == 1
