@@ -62,6 +62,11 @@ class RunConfig(_Settings):
     output: str | None = _setting(
         None, "folder for the adapter, checkpoints and metrics; default: runs/1, runs/2, ..."
     )
+    fit: str | None = _setting(
+        None,
+        "choose settings that fit a memory, such as 16GB: rematerialize, then batch_size, "
+        "then max_seq_length",
+    )
     resume: bool = _setting(False, "go on from the newest checkpoint in the output folder")
 
 
@@ -136,9 +141,13 @@ class TrainConfig(_Settings):
         "constant", "how the learning rate falls to zero over the run"
     )
     warmup_steps: int = _setting(0, "steps over which the learning rate rises first", at_least=0)
-    rematerialize: Literal["none", "layer"] = _setting(
-        "none",
-        "keep what the backward pass needs, or only each layer's input and compute the layer again",
+    rematerialize: Literal["none", "layer", "auto"] = _setting(
+        "auto",
+        "keep what the backward pass needs, or only each layer's input and compute the layer "
+        "again; auto does so for as many layers as the memory asks for",
+    )
+    memory: str | None = _setting(
+        None, "what the run may take, such as 16GB; default: what this machine has"
     )
     attention: Literal["auto", "plain", "blockwise"] = _setting(
         "auto", "form all attention scores at once, or block by block; the values are the same"

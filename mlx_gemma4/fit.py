@@ -179,16 +179,17 @@ def _dtype(config: dict[str, Any]) -> str:
 
 def _longest(data: str) -> tuple[int, int]:
     """(about how many tokens the longest row has, rows), at 3 bytes a token and 8 a turn."""
-    from .data.formats import find_files, read_rows
+    from .data.files import find_files
+    from .data.formats import read_rows
 
-    rows = [row for file in find_files(data).values() for row in read_rows(file)]
-    if not rows:
+    longest = count = 0
+    for files in find_files(data).values():
+        for row in (row for file in files for row in read_rows(file.path)):
+            turns = sum(len(str(turn["content"]).encode()) + 24 for turn in row.messages)
+            longest, count = max(longest, (len(row.text.encode()) + turns) // 3 + 1), count + 1
+    if not count:
         raise DataError(f"{data} has no rows", wanted="at least one", do="name another file")
-    tokens = (
-        (len(row.text) + sum(len(turn["content"].encode()) + 24 for turn in row.messages)) // 3
-        for row in rows
-    )
-    return max(tokens) + 1, len(rows)
+    return longest, count
 
 
 if __name__ == "__main__":

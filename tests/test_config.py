@@ -51,7 +51,7 @@ def test_defaults():
     assert (train.fine_tune_type, train.iters, train.epochs) == ("lora", None, None)
     assert (train.batch_size, train.grad_accumulation_steps) == (1, 1)
     assert (train.learning_rate, train.lr_schedule, train.warmup_steps) == (1e-4, "constant", 0)
-    assert (train.seed, train.rematerialize, train.val_batches) == (0, "none", None)
+    assert (train.seed, train.rematerialize, train.val_batches) == (0, "auto", None)
     assert (lora.rank, lora.alpha, lora.dropout, lora.num_layers) == (8, 16.0, 0.0, -1)
     assert lora.targets == (
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"

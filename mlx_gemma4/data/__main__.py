@@ -58,7 +58,9 @@ def main(arguments: list[str] | None = None) -> None:
         print("\n" + dataset.show(index).text(colour=colour))
 
 
-def _settings(arguments: list[str] | None) -> tuple[dict[str, Any], str, str, DataConfig, TrainConfig]:
+def _settings(
+    arguments: list[str] | None,
+) -> tuple[dict[str, Any], str, str, DataConfig, TrainConfig]:
     parser = argparse.ArgumentParser(
         prog="python -m mlx_gemma4.data",
         usage="python -m mlx_gemma4.data --model MODEL --data DATA [--show N] [settings]",

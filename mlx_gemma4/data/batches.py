@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..gemma import Gemma4
     from ..model.ple import GatheredRows
 
-__all__ = ["Batch", "Example", "collate", "collate_alike", "padded_length"]
+__all__ = ["Batch", "Example", "collate", "collate_alike", "longest_bound", "padded_length"]
 
 
 @dataclass(frozen=True)
@@ -160,17 +160,20 @@ def collate_alike(
     positions = [len(example) - 1 for row in every for example in row]
     length = padded_length(max(sum(len(example) - 1 for example in row) for row in every))
     packed = len(positions) > len(every)
-    # A power of two: few bounds occur, and so few compiled shapes.
-    longest = max(64, 1 << (max(positions) - 1).bit_length()) if packed else length
+    longest = longest_bound(max(positions), length) if packed else None
     targets = max(sum(example.num_targets for row in rows for example in row) for rows in parts)
     return [
-        _collate(rows, pad_token, length, _bucket(targets, 64), longest if packed else None)
-        for rows in parts
+        _collate(rows, pad_token, length, _bucket(targets, 64), longest, packed) for rows in parts
     ]
 
 
 def _collate(
-    rows: list[list[Example]], pad_token: int, length: int, targets: int, longest: int | None
+    rows: list[list[Example]],
+    pad_token: int,
+    length: int,
+    targets: int,
+    longest: int | None,
+    packed: bool,
 ) -> Batch:
     """Shapes as given: `length` positions a row, `targets` positions that meet the head."""
     shape = (len(rows), length)
@@ -189,10 +192,16 @@ def _collate(
         mx.array(tokens),
         mx.array(following),
         mx.array(weights),
-        segments_BT=None if longest is None else mx.array(segments),
+        segments_BT=mx.array(segments) if packed else None,
         rows_R=mx.array(np.pad(learned, (0, targets - len(learned)), "edge").astype(np.int32)),
-        longest=longest if longest is not None and longest < length else None,
+        longest=longest,
     )
+
+
+def longest_bound(longest: int, length: int) -> int | None:
+    """The bound on documents of packed rows: a power of two, so that few occur, or None for all."""
+    bound = max(64, 1 << (longest - 1).bit_length())
+    return bound if bound < length else None
 
 
 def padded_length(positions: int) -> int:

@@ -61,7 +61,11 @@ class BatchOrder:
     """
 
     def __init__(
-        self, lengths: Sequence[int], batch_size: int, seed: int, capacity: int | None = None
+        self,
+        lengths: Sequence[int] | np.ndarray,
+        batch_size: int,
+        seed: int,
+        capacity: int | None = None,
     ):
         self._lengths = np.asarray(lengths)
         self._batch_size, self._seed, self._capacity = batch_size, seed, capacity

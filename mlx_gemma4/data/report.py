@@ -8,8 +8,8 @@ import numpy as np
 
 from .batches import padded_length
 from .examples import Examples
-from .order import BatchOrder
 from .files import SPLITS
+from .order import BatchOrder
 
 if TYPE_CHECKING:
     from .dataset import Dataset

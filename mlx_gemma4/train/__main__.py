@@ -38,6 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
     from ..data.dataset import read
     from ..gemma import load
     from . import embedded
+    from .budget import fit_settings
     from .loop import finetune
 
     own = run_config.model is None
@@ -54,6 +55,11 @@ def main(arguments: list[str] | None = None) -> None:
         model, data_folder = run_config.model, run_config.data
     gemma = load(model)
     print(gemma)
+    if run_config.fit:
+        data_config, train_config, chosen = fit_settings(
+            gemma, run_config.fit, data_config, train_config, lora_config
+        )
+        print(f"--fit {run_config.fit} chooses {chosen}", flush=True)
     data = read(data_folder, gemma, data_config)
     print(data)
     before = gemma.generate(embedded.PROMPT, max_tokens=40) if own else None
@@ -77,9 +83,12 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"held-out loss: {summary['val_loss_before']:.3f} -> {summary['val_loss']:.3f}")
     if summary["test_loss"] is not None:
         print(f"test loss: {summary['test_loss']:.3f}")
+    foreseen = summary["forecast_peak_gb"]
     print(
-        f"peak memory: {summary['peak_memory_gb']:.3f} GB, of which "
-        f"{summary['resident_before_gb']:.3f} GB were resident before the first step"
+        f"peak memory: {summary['peak_memory_gb']:.3f} GB"
+        + (f" (forecast {foreseen:.3f})" if foreseen else "")
+        + f", of which {summary['resident_before_gb']:.3f} GB were resident before the first step; "
+        f"the step was compiled {summary['compilations']} times"
     )
     print(f"adapter: {summary['adapter']}")
     print(

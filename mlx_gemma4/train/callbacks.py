@@ -41,7 +41,7 @@ class Console:
         self._bar: tqdm | None = None
 
     def start(self, run: Run, step: int, total: int) -> None:
-        print(_what_trains(run.gemma), flush=True)
+        print(_what_trains(run.gemma), run.forecast, sep="\n", flush=True)
         self._bar = tqdm(
             initial=step, total=total, unit="step", disable=None, dynamic_ncols=True, leave=False
         )

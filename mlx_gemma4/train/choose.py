@@ -24,7 +24,7 @@ from .memory import Forecast, forecast, resident_bytes, size
 
 __all__ = ["Choice", "choose", "machine_memory", "parse_memory"]
 
-_MARGIN = 0.15
+MARGIN = 0.15
 """How far a forecast of a step may be off."""
 
 _LEAST_LENGTH = 256
@@ -107,7 +107,7 @@ def choose(
                 found = forecast(
                     plan, batch_size=batch, length=length, bits=precision, rematerialize=lean, **how
                 )
-                needed = found.resident + found.step * (1 + _MARGIN)
+                needed = found.resident + found.step * (1 + MARGIN)
                 least = min(least, needed)
                 if needed <= memory:
                     way = "layer" if lean else "none"

@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,14 @@ import yaml
 
 from ..config import LoraConfig, TrainConfig, flatten
 from ..data.dataset import Dataset
+from ..data.examples import lengths_of
 from ..data.order import BatchOrder, Rows
 from ..errors import DataError, TrainingError
 from ..gemma import Gemma4
 from ..model.names import flat
 from ..nn.adapter import save_adapter
 from ..nn.lora import adapted_modules
+from .budget import Budget, plan_run
 from .callbacks import Callback, Console, MetricsFile
 from .checkpoint import Progress, newest_checkpoint, restore_checkpoint, save_checkpoint
 from .evaluate import evaluate
@@ -35,7 +38,7 @@ __all__ = ["finetune"]
 
 # Settings that a resumed run may change without becoming another run.
 _FREE_ON_RESUME = {
-    *("iters", "epochs", "learning_rate", "rematerialize", "attention"),
+    *("iters", "epochs", "learning_rate", "rematerialize", "memory", "attention"),
     *("report_every", "eval_every", "val_batches", "save_every"),
 }
 
@@ -78,7 +81,8 @@ def finetune(
     total = _total_steps(_order(data, config), config)
     optimizer = optim.Adam(_learning_rate(config, total), bias_correction=True)
     optimizer.init(gemma.backbone.trainable_parameters())
-    run = Run(gemma, output=Path(output) if output else None)
+    budget = plan_run(gemma, data, config)
+    run = Run(gemma, budget.note, output=Path(output) if output else None)
     settings = flatten(config, data.config, gemma.lora or LoraConfig())
     settings |= {"model": gemma.name, "data": data.source}
     fixed = _fixed_on_resume(settings) | {"examples": len(data.train)}
@@ -94,7 +98,8 @@ def finetune(
     for listener in listeners:
         listener.start(run, progress.step, total)
     try:
-        _run(run, data, config, optimizer, progress, total, fixed, listeners)
+        with _cache_limited(budget):
+            _run(run, data, config, optimizer, progress, total, fixed, listeners, budget)
     finally:
         for listener in listeners:
             listener.end()
@@ -192,6 +197,7 @@ def _run(
     total: int,
     settings: Mapping[str, Any],
     listeners: Sequence[Callback],
+    budget: Budget,
 ) -> None:
     gemma = run.gemma
     resident = mx.get_active_memory()
@@ -204,9 +210,10 @@ def _run(
     if not progress.step:
         meter.report(0, float(optimizer.learning_rate), val_loss=held_out())
     step_once = CompiledStep(
-        gemma, optimizer, rematerialize=config.rematerialize == "layer", attention=config.attention
+        gemma, optimizer, rematerialize=budget.layers, attention=config.attention
     )
     steps = _steps(_order(data, config), config, progress, total)
+    lengths = lengths_of(data.train)
     for (step, following, picked), batches in prepared(gemma, data.train, steps):
         gemma.backbone.train()
         random = np.random.SeedSequence([config.seed, step]).generate_state(1)[0]
@@ -215,7 +222,7 @@ def _run(
         mx.eval(step_loss, step_targets, gemma.backbone.trainable_parameters(), optimizer.state)
         loss, targets = float(step_loss), float(step_targets)
         _require_finite(loss, step, run)
-        meter.add(loss, targets, int(data.train.lengths[picked].sum()))
+        meter.add(loss, targets, int(lengths[picked].sum()))
         for listener in listeners:
             listener.advance(step, loss / targets)
         progress = Progress(step, following)
@@ -228,14 +235,31 @@ def _run(
             save_adapter(gemma.backbone, run.output / "adapter", gemma.lora, gemma.name)
     gemma.backbone.eval()
     run.summary = _summary(run, data, config, total, time.perf_counter() - started, resident)
-    run.summary["compilations"] = step_once.compilations
+    run.summary |= {
+        "compilations": step_once.compilations,
+        "rematerialized_layers": budget.layers,
+        "forecast_peak_gb": budget.forecast.peak / 1e9 if budget.forecast else None,
+    }
     if run.output:
         (run.output / "summary.json").write_text(json.dumps(run.summary, indent=2) + "\n")
 
 
+@contextmanager
+def _cache_limited(budget: Budget) -> Iterator[None]:
+    """Freed buffers that MLX keeps are no more than half of what a step takes."""
+    if budget.forecast is None:
+        yield
+        return
+    before = mx.set_cache_limit(budget.forecast.step // 2)
+    try:
+        yield
+    finally:
+        mx.set_cache_limit(before)
+
+
 def _order(data: Dataset, config: TrainConfig) -> BatchOrder:
     """An example takes a position less than it has tokens: nothing follows its last."""
-    positions = data.train.lengths - 1
+    positions = lengths_of(data.train) - 1
     capacity = max(data.config.max_seq_length, int(positions.max())) if config.packing else None
     return BatchOrder(positions, config.batch_size, config.seed, capacity)
 

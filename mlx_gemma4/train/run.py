@@ -18,12 +18,14 @@ class Run:
 
     Attributes:
         gemma: the trained model.
+        forecast: what was foreseen of its memory, in words.
         history: one entry a report, as in metrics.jsonl.
         summary: as in summary.json.
         output: the output folder, if one was given.
     """
 
     gemma: Gemma4
+    forecast: str = ""
     history: list[dict[str, Any]] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
     output: Path | None = None
