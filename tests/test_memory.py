@@ -10,9 +10,9 @@ import pytest
 from mlx_gemma4.config import LoraConfig
 from mlx_gemma4.model.plan import Plan
 from mlx_gemma4.model.tiny import SHAPES
-from mlx_gemma4.train.evaluator import CPU
 from mlx_gemma4.train.memory import forecast
-from mlx_gemma4.train.skeleton import build_batch, build_skeleton
+from mlx_gemma4.train.simulator.evaluator import CPU
+from mlx_gemma4.train.simulator.skeleton import build_batch, build_skeleton
 from mlx_gemma4.train.step import CompiledStep, train_step
 
 TOLERANCE = 0.15

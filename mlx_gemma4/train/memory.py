@@ -32,9 +32,9 @@ import mlx.core as mx
 
 from ..config import LoraConfig
 from ..model.plan import LayerPlan, Plan
-from .evaluator import CPU, METAL, Held, Pace, simulate
-from .fusion import fuse
-from .skeleton import build_batch, build_skeleton
+from .simulator.evaluator import CPU, METAL, Held, Pace, simulate
+from .simulator.fusion import fuse
+from .simulator.skeleton import build_batch, build_skeleton
 
 __all__ = ["Forecast", "forecast", "resident_bytes"]
 

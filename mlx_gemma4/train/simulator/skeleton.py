@@ -17,15 +17,15 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_unflatten
 
-from ..config import LoraConfig
-from ..data.batches import Batch, Example, collate
-from ..errors import ConfigError
-from ..gemma import Gemma4
-from ..model.capability import inspect_backbone
-from ..model.loader import LoadedBackbone, build_backbone
-from ..model.names import PLE_TABLE, flat, text_model
-from ..model.plan import Plan
-from .step import train_step
+from ...config import LoraConfig
+from ...data.batches import Batch, Example, collate
+from ...errors import ConfigError
+from ...gemma import Gemma4
+from ...model.capability import inspect_backbone
+from ...model.loader import LoadedBackbone, build_backbone
+from ...model.names import PLE_TABLE, flat, text_model
+from ...model.plan import Plan
+from ..step import train_step
 from .tape import Graph, trace
 
 __all__ = ["Skeleton", "build_batch", "build_skeleton"]

@@ -13,7 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..errors import CapabilityError
+from ...errors import CapabilityError
 from .cuts import Cuts
 
 __all__ = ["Graph", "Node", "trace"]
