@@ -224,6 +224,9 @@ class LoraConfig(_Settings):
                 "lora_targets is empty", wanted="at least one module", do="name a target"
             )
 
+    def __hash__(self) -> int:
+        return hash(repr(sorted(flatten(self).items(), key=lambda pair: pair[0])))
+
     @property
     def scale(self) -> float:
         """The factor on the low-rank update: alpha / rank, with rsLoRA alpha / sqrt(rank)."""

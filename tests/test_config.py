@@ -211,7 +211,7 @@ def test_a_flag_and_its_yaml_key_set_the_same_field(group, item, tmp_path):
     values = {bool: not item.default, float: 0.5, str: "there"}
     kinds = typing.get_args(hint) or (hint,)
     if typing.get_origin(hint) is typing.Literal:
-        value = kinds[-1]
+        value = next(kind for kind in kinds if kind != item.default)
     elif typing.get_origin(hint) is tuple:
         value = ["o_proj", "up_proj"]
     elif typing.get_origin(kinds[0]) is collections.abc.Mapping:

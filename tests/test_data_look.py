@@ -140,7 +140,7 @@ def test_the_command_tells_what_a_person_wants_to_know(run, data):
         f"longest {max(map(len, data))} at {max(data, key=len).origin}",
         "duplicates: 1 in train, 1 in valid",
         "in both train and valid: 1  <- held-out rows leak",
-        "an epoch: 1 steps of 4 examples",
+        "an epoch: 2 steps of 1 packed rows",
         "█",
         str(data.show(0)),
         str(data.show(1)),
@@ -176,7 +176,7 @@ def test_the_settings_of_a_run_from_its_file(tiny, rows, tmp_path, capsys):
     command.main(["--config", str(path)])
     told = capsys.readouterr().out
     assert "trained on: last" in told
-    assert "an epoch: 2 steps of 1 examples" in told
+    assert "an epoch: 1 steps of 1 packed rows" in told
 
 
 @pytest.mark.parametrize(

@@ -174,7 +174,8 @@ def test_the_printed_command_is_one(tiny, tmp_path, capsys, monkeypatch):
     assert training.batch_size == 4
 
 
-def test_a_model_that_is_not_there(tmp_path):
+def test_a_model_that_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ModelError, match=r"config\.json"):
         main([str(tmp_path)])
     with pytest.raises(ModelError, match="the Hub did not give its config"):

@@ -9,6 +9,7 @@ from helpers import assert_same_grads, make_lora_nonzero
 
 import mlx_gemma4 as g4
 from mlx_gemma4.data.batches import Example, collate
+from mlx_gemma4.data.examples import Examples
 from mlx_gemma4.train.evaluate import evaluate
 
 
@@ -89,8 +90,8 @@ def adapted_nothing(gemma: g4.Gemma4) -> g4.Gemma4:
 
 def test_a_run_packs_by_default_and_counts_real_tokens(tiny):
     gemma = g4.load(tiny)
-    data = g4.Dataset("made", g4.DataConfig(max_seq_length=128))
-    data.train.extend(some_examples(gemma.plan.vocab_size, *[30] * 12))
+    examples = Examples.of(some_examples(gemma.plan.vocab_size, *[30] * 12))
+    data = g4.Dataset("made", g4.DataConfig(max_seq_length=128), examples)
     mx.random.seed(0)
     run = g4.finetune(gemma, data, g4.TrainConfig(report_every=1), callbacks=[])
     # 4 of 29 positions fit a row of 128: three rows, three steps.

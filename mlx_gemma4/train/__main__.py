@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,11 +75,15 @@ def main(arguments: list[str] | None = None) -> None:
         output=run_config.output,
         resume=run_config.resume,
     )
-    summary = run.summary
     if own:
         print(f"asked:  {embedded.PROMPT}")
         print(f"before: {before!r}")
         print(f"after:  {gemma.generate(embedded.PROMPT, max_tokens=40)!r}")
+    _tell(run.summary, str(model))
+
+
+def _tell(summary: Mapping[str, Any], model: str) -> None:
+    """What came of the run."""
     if summary["val_loss"] is not None:
         print(f"held-out loss: {summary['val_loss_before']:.3f} -> {summary['val_loss']:.3f}")
     if summary["test_loss"] is not None:

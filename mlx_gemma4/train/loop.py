@@ -73,9 +73,7 @@ def finetune(
             checkpoint that does not fit.
     """
     if not data.train:
-        raise DataError(
-            "there are no training examples", wanted="at least one", do="read another file"
-        )
+        raise DataError("there are no training examples", wanted="some", do="read another file")
     checkpoint = _claim(Path(output), resume) if output else None
     _prepare(gemma, config, lora)
     total = _total_steps(_order(data, config), config)
@@ -89,12 +87,13 @@ def finetune(
     progress = Progress(0, 0)
     listeners = list(callbacks if callbacks is not None else [Console()])
     if run.output:
+        metrics = run.output / "metrics.jsonl"
         if checkpoint:
             progress = restore_checkpoint(checkpoint, gemma, optimizer, fixed)
-            run.history = _read_metrics(run.output / "metrics.jsonl", progress.step)
-        listeners.append(MetricsFile(run.output / "metrics.jsonl"))
-        resolved = yaml.safe_dump(settings | {"output": str(run.output)})
-        (run.output / "config.yaml").write_text(resolved)
+            run.history = _read_metrics(metrics, progress.step)
+        listeners.append(MetricsFile(metrics))
+        settings |= {"output": str(run.output)}
+        (run.output / "config.yaml").write_text(yaml.safe_dump(settings))
     for listener in listeners:
         listener.start(run, progress.step, total)
     try:

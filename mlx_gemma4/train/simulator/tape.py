@@ -83,7 +83,7 @@ def trace(
             gradient of unquantized experts.
 
     >>> import mlx.core as mx
-    >>> from mlx_gemma4.train.tape import trace
+    >>> from mlx_gemma4.train.simulator.tape import trace
     >>> graph = trace(lambda a, b: [(a @ b).sum()], [mx.zeros((4, 8)), mx.zeros((8, 2))])
     >>> [node.op for node in graph.nodes]
     ['Matmul', 'Reduce', 'Squeeze']
