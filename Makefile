@@ -15,6 +15,10 @@ PIP := -m pip --disable-pip-version-check --quiet
 LLAMA_CPP_PYTHON := 0.3.36
 LLAMA_CPP := $(VENV)-gguf/llama_cpp_python-$(LLAMA_CPP_PYTHON)/vendor/llama.cpp
 
+# What no version of MLX or transformers changes is not tested a second time.
+ONCE := $(wildcard tests/test_formats*.py tests/test_data_*.py) tests/test_order.py \
+	tests/test_fit.py tests/test_export_hub.py tests/test_export_gguf.py tests/test_examples.py
+
 .PHONY: demo test legacy parity verify-gguf bench lint clean
 
 demo: $(VENV)/installed
@@ -24,7 +28,7 @@ test: $(VENV)/installed-test
 	$(FAST) $(VENV)/bin/python -m pytest --ignore=tests/parity
 
 legacy: $(VENV)-legacy/installed
-	$(FAST) $(VENV)-legacy/bin/python -m pytest --ignore=tests/parity
+	$(FAST) $(VENV)-legacy/bin/python -m pytest --ignore=tests/parity $(ONCE:%=--ignore=%)
 
 parity: $(VENV)-parity/installed $(VENV)-legacy/installed-parity
 	$(FAST) $(VENV)-parity/bin/python -m pytest tests/parity
