@@ -22,6 +22,7 @@ import mlx.nn as nn
 
 from ..model.names import lm_head, text_model
 from ..model.plan import LayerPlan, Plan
+from .activation import gelu_times
 from .attention import Visibility, attention
 from .dropout import draw_keys, set_keys
 from .rematerialize import in_pieces, rematerialized, with_parameters
@@ -30,7 +31,7 @@ __all__ = ["forward", "head"]
 
 KV = tuple[mx.array, mx.array]
 
-_PIECE_BYTES = 8 * 2**20
+_PIECE_BYTES = 2 * 2**20
 """What one activation of the MLP may have where its positions are taken a piece at a time; 256
 positions and up, so that its products still fill a GPU."""
 
@@ -148,8 +149,8 @@ def _after_attention(
     hidden_BTD = hidden_BTD + layer.post_feedforward_layernorm(update)
 
     if input_BTP is not None:
-        gate = nn.gelu_approx(layer.per_layer_input_gate(hidden_BTD))
-        update = layer.per_layer_projection(gate * input_BTP)
+        gate = layer.per_layer_input_gate(hidden_BTD)
+        update = layer.per_layer_projection(gelu_times(gate, input_BTP))
         hidden_BTD = hidden_BTD + layer.post_per_layer_input_norm(update)
     return hidden_BTD * layer.layer_scalar
 
@@ -204,7 +205,7 @@ def _attend(
 
 
 def _mlp(mlp: Any, x_BTD: mx.array) -> mx.array:
-    return mlp.down_proj(nn.gelu_approx(mlp.gate_proj(x_BTD)) * mlp.up_proj(x_BTD))
+    return mlp.down_proj(gelu_times(mlp.gate_proj(x_BTD), mlp.up_proj(x_BTD)))
 
 
 def _experts(layer: Any, plan: Plan, hidden_BTD: mx.array) -> mx.array:
