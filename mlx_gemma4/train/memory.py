@@ -5,7 +5,7 @@ graph (`evaluator.py`): which buffers are taken over, which are copied, when eac
 forecast follows the code that trains, and no formula has to be kept in step with it.
 
 A graph grows with layers and with blocks of attention. Of a deep model a few layers of each kind
-are traced, and the rest counted: what a layer adds is the same every time. Lengths over 2048 are
+are traced, and the rest counted: what a layer adds is the same every time. Lengths over 4096 are
 counted from two shorter ones in the same way.
 
 `tiny` is the folder of a small checkpoint:
@@ -39,7 +39,7 @@ from .simulator.skeleton import build_batch, build_skeleton
 __all__ = ["Forecast", "forecast", "resident_bytes"]
 
 _OF_EACH_KIND = 2
-_LENGTHS_TRACED = (1024, 2048)
+_LENGTHS_TRACED = (2048, 4096)
 
 Group = tuple[int, int, tuple[int, ...], str]
 """Buffers of one kind at the peak: bytes, how many, their shape, the primitive they are of."""
