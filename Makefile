@@ -15,6 +15,8 @@ PIP := -m pip --disable-pip-version-check --quiet
 LLAMA_CPP_PYTHON := 0.3.36
 LLAMA_CPP := $(VENV)-gguf/llama_cpp_python-$(LLAMA_CPP_PYTHON)/vendor/llama.cpp
 
+# Two processes, each with whole files: their models are made once.
+TWO := -n 2 --dist loadfile
 # What no version of MLX or transformers changes is not tested a second time.
 ONCE := $(wildcard tests/test_formats*.py tests/test_data_*.py) tests/test_order.py \
 	tests/test_fit.py tests/test_export_hub.py tests/test_export_gguf.py tests/test_examples.py
@@ -25,10 +27,10 @@ demo: $(VENV)/installed
 	$(FAST) $(VENV)/bin/python -m mlx_gemma4.train
 
 test: $(VENV)/installed-test
-	$(FAST) $(VENV)/bin/python -m pytest --ignore=tests/parity
+	$(FAST) $(VENV)/bin/python -m pytest $(TWO) --ignore=tests/parity
 
 legacy: $(VENV)-legacy/installed
-	$(FAST) $(VENV)-legacy/bin/python -m pytest --ignore=tests/parity $(ONCE:%=--ignore=%)
+	$(FAST) $(VENV)-legacy/bin/python -m pytest $(TWO) --ignore=tests/parity $(ONCE:%=--ignore=%)
 
 parity: $(VENV)-parity/installed $(VENV)-legacy/installed-parity
 	$(FAST) $(VENV)-parity/bin/python -m pytest tests/parity
