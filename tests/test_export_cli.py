@@ -61,7 +61,7 @@ def test_a_fused_model(run, tmp_path, capsys):
     told = capsys.readouterr().out
     for library in ("mlx-lm", "mlx-vlm"):
         assert re.search(rf"fused: \d+ tensors, loaded by {library} \S+, largest", told), told
-    assert "transformers" in told
+    assert re.search(r"loaded by transformers \S+, largest|not run: torch not installed", told), told
     assert g4.load(tmp_path / "model").plan == run.gemma.plan
 
 
