@@ -244,12 +244,14 @@ def _over_layers(plan: _Hashed, settings: _Settings) -> tuple[int, int]:
         return step, least
     start = _traced(_Hashed(_with_layers(plan.plan, base)), settings)[:2]
     step, least = start
+    # Its input is kept, even if a few layers peak where that does not show yet.
+    boundary = settings.B * settings.T * plan.plan.hidden_size * getattr(mx, settings.dtype).size
     for kind, count in counts.items():
         if count > base[kind]:
             more = _with_layers(plan.plan, base | {kind: base[kind] + 1})
             added = _traced(_Hashed(more), settings)[:2]
-            step += (count - base[kind]) * (added[0] - start[0])
-            least += (count - base[kind]) * (added[1] - start[1])
+            step += (count - base[kind]) * max(added[0] - start[0], boundary)
+            least += (count - base[kind]) * max(added[1] - start[1], boundary)
     return step, least
 
 
