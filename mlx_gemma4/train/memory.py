@@ -38,7 +38,7 @@ from .simulator.skeleton import build_batch, build_skeleton
 
 __all__ = ["Forecast", "forecast", "resident_bytes"]
 
-_OF_EACH_KIND = 2
+_OF_EACH_KIND = 3
 _LENGTHS_TRACED = (2048, 4096)
 
 Group = tuple[int, int, tuple[int, ...], str]
