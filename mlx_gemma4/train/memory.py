@@ -35,6 +35,7 @@ from ..model.plan import LayerPlan, Plan
 from .simulator.evaluator import CPU, METAL, Held, Pace, simulate
 from .simulator.fusion import fuse
 from .simulator.skeleton import build_batch, build_skeleton
+from .step import COMPILES
 
 __all__ = ["Forecast", "forecast", "resident_bytes"]
 
@@ -119,7 +120,7 @@ def forecast(
     dtype: str = "bfloat16",
     rematerialize: bool | int = False,
     attention: str = "auto",
-    compiled: bool = True,
+    compiled: bool = COMPILES,
     pace: Pace | None = None,
     profile: bool = False,
 ) -> Forecast:

@@ -18,7 +18,7 @@ from ..model.names import flat
 from ..nn.forward import forward
 from ..nn.loss import cross_entropy_sum
 
-__all__ = ["CompiledStep", "loss_and_grads", "loss_sum", "train_step"]
+__all__ = ["COMPILES", "CompiledStep", "loss_and_grads", "loss_sum", "train_step"]
 
 
 def loss_sum(
@@ -131,8 +131,12 @@ def train_step(
     return total, targets
 
 
+COMPILES = tuple(map(int, mx.__version__.split(".")[:2])) >= (0, 32)
+"""MLX 0.31's compile fails where a learning rate is 0, and gets dropout wrong."""
+
+
 class CompiledStep:
-    """`train_step`, compiled once for every set of shapes that it meets.
+    """`train_step`, compiled once for every set of shapes that it meets; plain before MLX 0.32.
 
     Attributes:
         compilations: how often it was compiled.
@@ -140,7 +144,7 @@ class CompiledStep:
 
     def __init__(self, gemma: Gemma4, optimizer: optim.Optimizer, **how: Any):
         self._gemma, self._optimizer, self._how = gemma, optimizer, how
-        self._compiled = mx.compile(self._pure)
+        self._compiled = mx.compile(self._pure) if COMPILES else self._pure
         self.compilations = 0
 
     def __call__(
@@ -162,7 +166,7 @@ class CompiledStep:
     def _pure(
         self, parameters: Any, state: Any, batches: Any, key: mx.array | None
     ) -> tuple[mx.array, mx.array, Any, Any]:
-        self.compilations += 1
+        self.compilations += COMPILES
         backbone, optimizer = self._gemma.backbone, self._optimizer
         backbone.update(parameters)
         optimizer.state = state
