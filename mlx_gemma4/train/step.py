@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.metadata import version
 from typing import Any
 
 import mlx.core as mx
@@ -131,7 +132,7 @@ def train_step(
     return total, targets
 
 
-COMPILES = tuple(map(int, mx.__version__.split(".")[:2])) >= (0, 32)
+COMPILES = tuple(map(int, version("mlx").split(".")[:2])) >= (0, 32)
 """MLX 0.31's compile fails where a learning rate is 0, and gets dropout wrong."""
 
 
