@@ -14,7 +14,7 @@ from settings import LEARNING_RATE, MODULES, RANK, SCALE
 
 __all__ = ["load_lora", "ours_batches", "train"]
 
-ROW = 512
+ROW = 1024
 """Short samples share rows of so many positions, one row a batch: about as many tokens in a step as
 four samples have."""
 

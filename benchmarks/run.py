@@ -3,11 +3,12 @@
     make bench                                             # the middle-size model, T 2048
     python benchmarks/run.py --length 8192 --steps 1
     python benchmarks/run.py --short                       # 64 short samples, batches of 4
+    python benchmarks/run.py --rounds 3                    # by turns, where speed drifts
     python benchmarks/run.py --only unsloth "ours lean" --unsloth-python VENV/bin/python
     python benchmarks/run.py --model google/gemma-4-E2B-it --dtype bfloat16 --json results.json
 
-Times are medians of steps (with --short: epochs) after the first; memory is the allocator's peak
-after the first minus what was resident before it. A contestant that is not installed or fails is
+Times are medians of steps (with --short: epochs) after the first, and of rounds; memory is the
+allocator's peak after the first minus what was resident before it. A contestant that is not installed or fails is
 left out, and the reason is printed.
 """
 
@@ -17,6 +18,7 @@ import argparse
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -37,16 +39,20 @@ def main() -> None:
     words += ["--batch", str(given.batch), "--length", str(given.length)]
     words += ["--steps", str(given.steps), "--samples", str(given.samples)]
     words += ["--short"] if given.short else []
-    results, left_out = [], {}
-    for name in given.only:
+    records: dict[str, list[dict[str, Any]]] = {name: [] for name in given.only}
+    left_out: dict[str, str] = {}
+    for name in given.only * given.rounds:
+        if name in left_out:
+            continue
         with tempfile.TemporaryDirectory() as empty:
             cold = empty if given.cold else None
             record = _contest(name, given.unsloth_python, words, given.verbose, cold)
         if "left_out" in record:
             left_out[name] = record["left_out"]
         else:
-            results.append(record)
+            records[name].append(record)
         print(f"  {name}: {'left out' if name in left_out else 'done'}", file=sys.stderr)
+    results = [_median(of_one) for name, of_one in records.items() if name not in left_out]
     if results:
         print(table(results, given.against, given.short))
     for name, reason in left_out.items():
@@ -69,6 +75,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=3, help="measured steps of a dense load")
     parser.add_argument("--short", action="store_true", help="short samples in place of dense rows")
     parser.add_argument("--samples", type=int, default=64, help="how many short samples")
+    parser.add_argument("--rounds", type=int, default=1, help="how often all take their turn")
     parser.add_argument("--only", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
     parser.add_argument("--against", choices=CONTESTANTS, help="ratios to it; default: the first")
     parser.add_argument(
@@ -109,6 +116,13 @@ def _contest(
     said = (done.stderr or "").strip().splitlines()
     ended = f"signal {-done.returncode}" if done.returncode < 0 else f"status {done.returncode}"
     return {"name": name, "left_out": f"it ended with {ended}: {said[-1] if said else ''}"}
+
+
+def _median(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """One record of a contestant's rounds."""
+    measured = {key for key, value in records[0].items() if isinstance(value, float)}
+    medians = {key: statistics.median(record[key] for record in records) for key in measured}
+    return {**records[0], **medians}
 
 
 def _vocab_size(model: str) -> int:

@@ -36,7 +36,7 @@ def test_value_and_gradients(dtype, compiled):
         assert relative_gap(ours.astype(mx.float32), reference) < close
 
 
-def test_only_the_inputs_are_kept():
+def test_two_arrays_are_kept():
     w = mx.random.normal((512, 512)) * 0.05
     x = mx.random.normal((4096, 512))
     mx.eval(w, x)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial, reduce
+
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers import assert_same_grads, make_lora_nonzero
+from helpers import assert_same_grads, make_lora_nonzero, worst_gap
+from mlx.utils import tree_map
 
 import mlx_gemma4 as g4
 from mlx_gemma4.data.batches import Example, collate
@@ -22,10 +25,25 @@ def some_examples(vocab_size: int, *lengths: int) -> list[Example]:
 
 
 def adapted(folder) -> g4.Gemma4:
+    mx.random.seed(0)
     gemma = g4.load(folder)
     gemma.add_lora(g4.LoraConfig(rank=4))
     make_lora_nonzero(gemma)
     return gemma
+
+
+def within_rounding(gemma: g4.Gemma4, examples: list[Example], padded: dict) -> float:
+    """1e-5 wherever float32 allows it.
+
+    The small E2B and E4B amplify rounding: the same examples padded and one by one, and with one
+    attention and the other, are further apart than that, and packing may be as far.
+    """
+    alone = [
+        [g4.loss_and_grads(gemma, collate([one]), attention=method)[2] for one in examples]
+        for method in ("plain", "blockwise")
+    ]
+    sums = [reduce(partial(tree_map, mx.add), grads) for grads in alone]
+    return max(1e-5, 3 * max(worst_gap(grads, padded)[1] for grads in sums))
 
 
 @pytest.mark.parametrize("how", ["plain", "blockwise", "lean"])
@@ -41,11 +59,11 @@ def test_packed_equals_separate(checkpoints, shape, how):
     loss, targets, packed_grads = g4.loss_and_grads(gemma, packed, **options)
     assert float(targets) == float(count)
     assert float(loss) == pytest.approx(float(separate), rel=1e-5)
-    assert_same_grads(packed_grads, grads, 1e-4)
+    assert_same_grads(packed_grads, grads, within_rounding(gemma, examples, grads))
 
 
 def test_a_long_row(tiny):
-    """Rotary angles grow with the position in the row; what is compared are their differences."""
+    """Rotary angles of far positions are coarse in float32: every document has its own."""
     gemma = adapted(tiny)
     examples = some_examples(gemma.plan.vocab_size, *[100] * 20)
     separate, _, grads = g4.loss_and_grads(gemma, collate(examples))
@@ -53,7 +71,7 @@ def test_a_long_row(tiny):
     assert packed.longest == 128 and packed.tokens_BT.shape[1] >= 1980
     loss, _, packed_grads = g4.loss_and_grads(gemma, packed)
     assert float(loss) == pytest.approx(float(separate), rel=1e-5)
-    assert_same_grads(packed_grads, grads, 1e-3)
+    assert_same_grads(packed_grads, grads, within_rounding(gemma, examples, grads))
 
 
 def test_a_neighbour_changes_nothing(tiny):

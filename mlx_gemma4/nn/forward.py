@@ -72,6 +72,7 @@ def forward(
     inputs = _per_layer_inputs(text, plan, hidden_BTD, ple_BTLP)
     everyone = Visibility(tokens_BT.shape[1], None, segments_BT, longest, images_BT, largest_image)
     sees = {layer.kind: _visibility(plan, layer, everyone) for layer in plan.layers}
+    positions_BT = None if segments_BT is None else _positions(segments_BT)
     lean = len(plan.layers) if rematerialize is True else int(rematerialize)
     shared: dict[int, KV] = {}
     keys = [None] * len(plan.layers) if key is None else mx.random.split(key, len(plan.layers))
@@ -86,6 +87,7 @@ def forward(
             plan=plan,
             layer_plan=layer_plan,
             sees=sees[layer_plan.kind],
+            positions_BT=positions_BT,
             method=method,
         )
         if layer_plan.index in plan.kv_sources:
@@ -114,6 +116,7 @@ def decoder_layer(
     plan: Plan,
     layer_plan: LayerPlan,
     sees: Visibility,
+    positions_BT: mx.array | None,
     method: str,
     piece: int | None = None,
 ) -> tuple[mx.array, KV]:
@@ -123,6 +126,7 @@ def decoder_layer(
         input_BTP: the layer's share of the per-layer inputs, or None.
         shared_kv: keys and values of the layer's source; None if the layer has its own.
         sees: who attends to whom.
+        positions_BT: position of every token in its document; None is one document a row.
         method: how attention is computed.
         piece: positions that go through the MLP together; None is all. Only for layers that are
             rematerialised: it costs nothing there.
@@ -130,8 +134,9 @@ def decoder_layer(
     Returns:
         The layer's output (B, T, D), and the keys and values that it attended to.
     """
+    normed_BTD = layer.input_layernorm(hidden_BTD)
     mixed, kv = _attend(
-        layer.self_attn, layer_plan, layer.input_layernorm(hidden_BTD), shared_kv, sees, method
+        layer.self_attn, layer_plan, normed_BTD, shared_kv, sees, positions_BT, method
     )
     hidden_BTD = hidden_BTD + layer.post_attention_layernorm(mixed)
     inputs = [hidden_BTD] if input_BTP is None else [hidden_BTD, input_BTP]
@@ -187,21 +192,50 @@ def _attend(
     normed_BTD: mx.array,
     shared_kv: KV | None,
     sees: Visibility,
+    positions_BT: mx.array | None,
     method: str,
 ) -> tuple[mx.array, KV]:
     def heads(projected: mx.array, norm: Callable[[mx.array], mx.array]) -> mx.array:
-        split = mx.unflatten(projected, -1, (-1, layer_plan.head_dim))
-        return norm(split).transpose(0, 2, 1, 3)
+        return norm(mx.unflatten(projected, -1, (-1, layer_plan.head_dim)))
 
-    queries_BNTH = attn.rope(heads(attn.q_proj(normed_BTD), attn.q_norm))
+    rotated = partial(_rotated, attn.rope, positions_BT)
+    queries_BNTH = rotated(heads(attn.q_proj(normed_BTD), attn.q_norm))
     if shared_kv is None:
         keys = attn.k_proj(normed_BTD)
         values = keys if layer_plan.k_eq_v else attn.v_proj(normed_BTD)
-        kv = attn.rope(heads(keys, attn.k_norm)), heads(values, attn.v_norm)
+        kv = rotated(heads(keys, attn.k_norm)), _by_head(heads(values, attn.v_norm))
     else:
         kv = shared_kv
     mixed_BNTH = attention(queries_BNTH, *kv, sees, method)
     return attn.o_proj(mixed_BNTH.transpose(0, 2, 1, 3).flatten(-2)), kv
+
+
+def _rotated(rope: Any, positions_BT: mx.array | None, x_BTNH: mx.array) -> mx.array:
+    """(B, T, N, H) -> (B, N, T, H) with rotary positions, counted anew in every document.
+
+    A difference of positions is all that attention sees; small ones are exact in float32 where
+    thousands are not.
+    """
+    if positions_BT is None:
+        return rope(_by_head(x_BTNH))
+    # Upstream's modules take an offset for each row: every token is a row of its own here.
+    alone = x_BTNH.flatten(0, 1)[:, :, None]
+    turned = rope(alone, offset=positions_BT.flatten()).squeeze(2)
+    return _by_head(mx.unflatten(turned, 0, positions_BT.shape))
+
+
+def _by_head(x_BTNH: mx.array) -> mx.array:
+    return x_BTNH.transpose(0, 2, 1, 3)
+
+
+def _positions(segments_BT: mx.array) -> mx.array:
+    """(B, T): the position of every token in its document."""
+    B, T = segments_BT.shape
+    here = mx.broadcast_to(mx.arange(T), (B, T))
+    starts = mx.concatenate(
+        [mx.ones((B, 1), mx.bool_), segments_BT[:, 1:] != segments_BT[:, :-1]], axis=1
+    )
+    return here - mx.cummax(mx.where(starts, here, 0), axis=1)
 
 
 def _mlp(mlp: Any, x_BTD: mx.array) -> mx.array:

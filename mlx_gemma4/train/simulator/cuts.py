@@ -4,7 +4,8 @@ MLX's exporter does not know the primitive that mx.custom_function leaves in a g
 is traced, such a function is cut out instead: its results are stand-ins, which are differentiated
 like inputs, and the gradients that it returns are stand-ins too. Once all is traced, each stand-in
 is known to be the same array as what it stands for, and the graph is whole again: the same graph
-without that primitive, which computes nothing.
+without that primitive, which computes nothing. But it has all results evaluated together, and so
+does the tie that takes its place.
 """
 
 from __future__ import annotations
@@ -65,9 +66,9 @@ class Cuts:
         """The results of a custom function, or their stand-ins."""
         calls, stand_ins = self._calls, self._stand_ins
         if calls is None:
-            return custom.function(*arguments)
+            return _tied(custom.function(*arguments))
         self._calls = None
-        call = _Call(custom, arguments, custom.function(*arguments))
+        call = _Call(custom, arguments, _tied(custom.function(*arguments)))
         self._calls = calls
         calls.append(call)
         if stand_ins is None:
@@ -188,6 +189,12 @@ def _rebuilt(tree: Any, leaves: list[mx.array]) -> Any:
         return next(rest) if isinstance(part, mx.array) else part
 
     return build(tree)
+
+
+def _tied(tree: Any) -> Any:
+    """A tree of arrays of which none is there before all are."""
+    leaves = _leaves(tree)
+    return _rebuilt(tree, mx.depends(leaves, leaves))
 
 
 def _stand_in(array: mx.array) -> mx.array:
