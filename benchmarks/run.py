@@ -8,8 +8,8 @@
     python benchmarks/run.py --model google/gemma-4-E2B-it --dtype bfloat16 --json results.json
 
 Times are medians of steps (with --short: epochs) after the first, and of rounds; memory is the
-allocator's peak after the first minus what was resident before it. A contestant that is not installed or fails is
-left out, and the reason is printed.
+allocator's peak after the first minus what was resident before it. A contestant that is not
+installed or fails is left out, and the reason is printed.
 """
 
 from __future__ import annotations

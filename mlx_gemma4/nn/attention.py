@@ -152,7 +152,7 @@ def attention(
 def _queries_of_a_block(B: int, N: int, sees: Visibility) -> int:
     """A multiple of 64 queries whose scores stay within the budget of a block.
 
-    A block of C queries forms C + reach - 1 scores for each, so C is at most a quarter of the reach.
+    A block of C queries forms C + reach - 1 scores for each: C is at most a quarter of the reach.
     """
     queries = min(_BLOCK_BYTES // (4 * B * N * sees.reach), sees.reach // 4, _MOST_QUERIES)
     return max(_LEAST_QUERIES, queries // 64 * 64)
