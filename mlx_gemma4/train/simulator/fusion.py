@@ -26,10 +26,11 @@ class _Fusion:
         self.graph = graph
         self.outputs = set(graph.outputs)
         self.constants = {x for x in graph.constants if graph.nbytes(x) == graph.itemsizes[x]}
-        self.parents: dict[int, list[Node]] = {}
+        # The readers of each array, by id.
+        self.parents: dict[int, dict[int, Node]] = {}
         for node in graph.nodes:
             for array in node.inputs:
-                self.parents.setdefault(array, []).append(node)
+                self.parents.setdefault(array, {})[id(node)] = node
 
     def run(self) -> Graph:
         graph, gone, kept = self.graph, set[int](), list[Node]()
@@ -66,7 +67,7 @@ class _Fusion:
             read.add(array)
             return
         within = self._within
-        if depth and not all(id(reader) in within for reader in self.parents[array]):
+        if depth and not all(reader in within for reader in self.parents[array]):
             if node.op == "Broadcast" and len(read) < _WIDTH:
                 own = self._split(array, node)
                 self._collect(own, depth, root, chain, read)
@@ -87,14 +88,17 @@ class _Fusion:
         own = Node("Broadcast", node.settings, list(node.inputs), [])
         new = graph.add_array(graph.shapes[array], graph.itemsizes[array], own)
         own.outputs.append(new)
-        within = self._within
-        mine = [reader for reader in self.parents[array] if id(reader) in within]
-        self.parents[array] = [r for r in self.parents[array] if id(r) not in within]
+        mine = self._taken(array, self._within)
         self.parents[new] = mine
-        for reader in mine:
+        for reader in mine.values():
             reader.inputs = [new if source == array else source for source in reader.inputs]
-        self.parents[own.inputs[0]].append(own)
+        self.parents[own.inputs[0]][id(own)] = own
         return new
+
+    def _taken(self, array: int, within: set[int]) -> dict[int, Node]:
+        """The readers of an array that are within a chain; it has the others left."""
+        readers = self.parents.get(array, {})
+        return {reader: readers.pop(reader) for reader in within if reader in readers}
 
     def _in_order(self, root: int, chain: dict[int, Node]) -> tuple[list[int], list[int]]:
         """(arrays of the chain, arrays that it reads), each in the order in which they are met."""
@@ -118,9 +122,8 @@ class _Fusion:
         within = {id(chain[array]) for array in inner}
         for array in results:
             self.graph.maker[array] = fused
-            left = [r for r in self.parents.get(array, []) if id(r) not in within]
-            self.parents[array] = left
+            self._taken(array, within)
         for array in inputs:
-            readers = [r for r in self.parents[array] if id(r) not in within]
-            self.parents[array] = [*readers, *([fused] * len(results))]
+            self._taken(array, within)
+            self.parents[array][id(fused)] = fused
         return fused
