@@ -33,7 +33,7 @@ def adapted(folder) -> g4.Gemma4:
 
 
 def within_rounding(gemma: g4.Gemma4, examples: list[Example], padded: dict) -> float:
-    """1e-5 wherever float32 allows it.
+    """1e-5 wherever float32 allows it, and never more than 1e-4.
 
     The small E2B and E4B amplify rounding: the same examples padded and one by one, and with one
     attention and the other, are further apart than that, and packing may be as far.
@@ -43,7 +43,8 @@ def within_rounding(gemma: g4.Gemma4, examples: list[Example], padded: dict) -> 
         for method in ("plain", "blockwise")
     ]
     sums = [reduce(partial(tree_map, mx.add), grads) for grads in alone]
-    return max(1e-5, 3 * max(worst_gap(grads, padded)[1] for grads in sums))
+    rounding = max(worst_gap(grads, padded)[1] for grads in sums)
+    return min(1e-4, max(1e-5, 3 * rounding))
 
 
 @pytest.mark.parametrize("how", ["plain", "blockwise", "lean"])
