@@ -1,6 +1,6 @@
 # make demo      creates .venv, installs the project, fine-tunes the embedded small Gemma 4
 # make test      creates .venv, installs the project, runs the tests
-# make legacy    the same tests on the oldest stack that is supported, in .venv-legacy
+# make legacy    what differs there, on the oldest stack that is supported, in .venv-legacy
 # make parity    compares with transformers and PEFT on torch, in .venv-parity and .venv-legacy
 # make verify-gguf   loads what is exported in llama.cpp, which it builds from source (10 minutes);
 #                LLAMA_CPP=folder takes the converter of a source tree of yours
@@ -17,9 +17,11 @@ LLAMA_CPP := $(VENV)-gguf/llama_cpp_python-$(LLAMA_CPP_PYTHON)/vendor/llama.cpp
 
 # Two processes, each with whole files: their models are made once.
 TWO := -n 2 --dist loadfile
-# What no version of MLX or transformers changes is not tested a second time.
-ONCE := $(wildcard tests/test_formats*.py tests/test_data_*.py) tests/test_order.py \
-	tests/test_fit.py tests/test_export_hub.py tests/test_export_gguf.py tests/test_examples.py
+# What other versions of MLX, mlx-lm, mlx-vlm and transformers can change: loading, the capability
+# gate, the forward and its gradients, LoRA layers, chat templates, the proofs of exports, and
+# answers after a training run (tests/model/test_generation.py).
+OLDEST := tests/model tests/nn tests/lora tests/train/test_step.py tests/train/test_optim.py \
+	tests/data/test_chat.py tests/export/test_export.py tests/export/test_export_verify.py
 
 .PHONY: demo test legacy parity verify-gguf bench lint clean
 
@@ -30,7 +32,7 @@ test: $(VENV)/installed-test
 	$(FAST) $(VENV)/bin/python -m pytest $(TWO) --ignore=tests/parity
 
 legacy: $(VENV)-legacy/installed
-	$(FAST) $(VENV)-legacy/bin/python -m pytest $(TWO) --ignore=tests/parity $(ONCE:%=--ignore=%)
+	$(FAST) $(VENV)-legacy/bin/python -m pytest $(TWO) $(OLDEST)
 
 parity: $(VENV)-parity/installed $(VENV)-legacy/installed-parity
 	$(FAST) $(VENV)-parity/bin/python -m pytest tests/parity

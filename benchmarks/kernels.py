@@ -102,6 +102,7 @@ def of_ours(model: str, dtype: str, load: Load, rematerialize: bool) -> list[mx.
     """The outputs of our step."""
     from of_ours import load_lora, ours_batches
 
+    from mlx_gemma4.nn.batch import StepOptions
     from mlx_gemma4.train.step import CompiledStep
 
     gemma = load_lora(model, dtype)
@@ -110,9 +111,10 @@ def of_ours(model: str, dtype: str, load: Load, rematerialize: bool) -> list[mx.
     optimizer.init(gemma.backbone.trainable_parameters())
     batch = next(iter(ours_batches(gemma, load, 0)))
     mx.eval(optimizer.state, [v for v in vars(batch).values() if isinstance(v, mx.array)])
-    loss, count = CompiledStep(gemma, optimizer, rematerialize=rematerialize)([batch])
+    options = StepOptions(len(gemma.plan.layers) if rematerialize else 0)
+    sums, _ = CompiledStep(gemma, optimizer, options=options)([batch])
     trained = _arrays(gemma.backbone.trainable_parameters())
-    return [loss, count, *trained, *_arrays(optimizer.state)]
+    return [sums.loss, sums.count, *trained, *_arrays(optimizer.state)]
 
 
 STEPS = {

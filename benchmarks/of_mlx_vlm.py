@@ -1,7 +1,7 @@
 """mlx-vlm: its own `Trainer`, with its batching and step, which is not compiled by default.
 
 For gemma4 its loss hands the padding mask to every layer in place of the causal one. At batch 1
-attention then sees the future, so the loss is another's; at more rows it does not broadcast, and
+attention then reaches the future, so the loss is another's; at more rows it does not broadcast, and
 the contestant is left out with mlx-vlm's own message.
 """
 

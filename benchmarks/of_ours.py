@@ -33,9 +33,9 @@ def load_lora(model: str, dtype: str) -> Any:
 
 def ours_batches(gemma: Any, load: Load, epoch: int) -> Iterator[Any]:
     """An epoch's batches with their PLE rows, built on another thread: packed if samples vary."""
-    from mlx_gemma4.data.batches import Example
-    from mlx_gemma4.data.order import BatchOrder
-    from mlx_gemma4.train.feed import prepared
+    from mlx_gemma4.data.batch.order import BatchOrder
+    from mlx_gemma4.data.example import Example
+    from mlx_gemma4.train.prefetch import prepared
 
     examples = [
         Example(sample.tokens, np.arange(len(sample)) >= sample.first_target, "")
@@ -51,6 +51,7 @@ def ours_batches(gemma: Any, load: Load, epoch: int) -> Iterator[Any]:
 
 def train(model: str, dtype: str, load: Load, clock: Clock, rematerialize: bool) -> None:
     """Train for the load's epochs."""
+    from mlx_gemma4.nn.batch import StepOptions
     from mlx_gemma4.train.step import CompiledStep
 
     gemma = load_lora(model, dtype)
@@ -58,15 +59,19 @@ def train(model: str, dtype: str, load: Load, clock: Clock, rematerialize: bool)
     gemma.backbone.train()
     clock.loaded(gemma.backbone)
     optimizer.init(gemma.backbone.trainable_parameters())
-    step = CompiledStep(gemma, optimizer, rematerialize=rematerialize)
+    step = CompiledStep(
+        gemma,
+        optimizer,
+        options=StepOptions(len(gemma.plan.layers) if rematerialize else 0),
+    )
     for epoch in range(load.epochs):
         # A step is over when the next batch is asked for; an epoch's last one when there is none.
         known: tuple[float, float] | None = None
         for batch in ours_batches(gemma, load, epoch):
             if known:
                 clock.step(*known, ends_epoch=False)
-            loss, targets = step([batch])
-            mx.eval(loss, targets, gemma.backbone.trainable_parameters(), optimizer.state)
-            known = float(loss / targets), float(targets)
+            sums, _ = step([batch])
+            mx.eval(sums.loss, gemma.backbone.trainable_parameters(), optimizer.state)
+            known = float(sums.loss / sums.count), float(sums.count)
         assert known is not None
         clock.step(*known, ends_epoch=True)

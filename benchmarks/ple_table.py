@@ -50,13 +50,15 @@ def main() -> None:
 def watch_training(folder: Path, batches: list[np.ndarray]) -> None:
     """Load, train a step a batch, and print what is in memory at each point."""
     import mlx_gemma4 as g4
-    from mlx_gemma4.data.batches import Example, collate
+    from mlx_gemma4.data.batch.collate import collate
+    from mlx_gemma4.data.example import Example
     from mlx_gemma4.train.step import train_step
 
     report("before load")
     gemma = g4.load(folder)
     gemma.add_lora(g4.LoraConfig())
     optimizer = optim.Adam(1e-4)
+    options = g4.StepOptions(len(gemma.plan.layers))
     mx.eval(gemma.backbone.parameters())
     table = gemma.loaded.ple_rows.nbytes
     report(f"after load (a table of {table / 1e6:.0f} MB)")
@@ -67,12 +69,12 @@ def watch_training(folder: Path, batches: list[np.ndarray]) -> None:
         batch = collate([example]).with_ple_rows(gemma)
         mx.eval(batch.ple_BTLP)
         seconds = time.perf_counter() - start
-        loss, targets = train_step(gemma, optimizer, [batch], rematerialize=True)
-        mx.eval(loss, targets, gemma.backbone.trainable_parameters(), optimizer.state)
+        sums, _ = train_step(gemma, optimizer, [batch], options=options)
+        mx.eval(sums.loss, gemma.backbone.trainable_parameters(), optimizer.state)
         read = batch.ple_BTLP.nbytes
         del batch
         what = f"after step {number}, {read / 1e6:.0f} MB of rows in {seconds * 1e3:.0f} ms"
-        report(f"{what}, loss {float(loss / targets):.3f}")
+        report(f"{what}, loss {float(sums.loss / sums.count):.3f}")
 
 
 def report(when: str) -> None:

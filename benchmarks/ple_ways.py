@@ -39,7 +39,7 @@ def compare_ways(path: Path, name: str, batches: list[np.ndarray]) -> None:
 
 
 def _place(path: Path, name: str) -> tuple[int, int, int]:
-    from mlx_gemma4.model.weights import read_index
+    from mlx_gemma4.model.checkpoint import read_index
 
     stored = read_index(path.parent)[name]
     return stored.offset, *stored.shape

@@ -126,7 +126,7 @@ def _median(records: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _vocab_size(model: str) -> int:
-    from mlx_gemma4.model.loader import resolve
+    from mlx_gemma4.model.download import resolve
     from mlx_gemma4.model.plan import Plan, read_config
 
     return Plan.from_config(read_config(resolve(model))).vocab_size

@@ -14,21 +14,22 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
-from mlx_gemma4.nn.attention import Visibility, attention
+from mlx_gemma4.nn.attention import attention
+from mlx_gemma4.nn.mask import AttentionMask
 
 ROUNDS = 3
 MOST_BYTES = 4 * 2**30
 
 
-def seconds(method: str, sees: Visibility, given: argparse.Namespace) -> float:
+def seconds(method: str, mask: AttentionMask, given: argparse.Namespace) -> float:
     """The fastest of some rounds of a compiled forward and backward pass."""
-    N, T, H = given.heads, sees.length, given.head_dim
+    N, T, H = given.heads, mask.length, given.head_dim
     shapes = [(1, N, T, H), (1, 1, T, H), (1, 1, T, H), (1, N, T, H)]
     arrays = [0.2 * mx.random.normal(shape).astype(getattr(mx, given.dtype)) for shape in shapes]
     mx.eval(arrays)
 
     def mixed(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-        return attention(q, k, v, sees, method)
+        return attention(q, k, v, mask, method)
 
     step = mx.compile(lambda q, k, v, grad: mx.vjp(mixed, [q, k, v], [grad]))
     return min(_timed(lambda: mx.eval(step(*arrays))) for _ in range(1 + ROUNDS))
@@ -50,10 +51,10 @@ def main() -> None:
     print(f"window {given.window}, {given.heads} heads of {given.head_dim}, {given.dtype}")
     print(f"{'T':>6} {'ours ms':>9} {'us a position':>14} {'MLX ms':>9}")
     for T in (1024, 2048, 4096, 8192, 16384):
-        sees = Visibility(T, given.window)
-        ours = seconds("blockwise", sees, given)
+        mask = AttentionMask(T, given.window)
+        ours = seconds("blockwise", mask, given)
         fits = 4 * given.heads * T * T < MOST_BYTES
-        theirs = f"{1e3 * seconds('plain', sees, given):9.0f}" if fits else f"{'-':>9}"
+        theirs = f"{1e3 * seconds('plain', mask, given):9.0f}" if fits else f"{'-':>9}"
         print(f"{T:6} {1e3 * ours:9.0f} {1e6 * ours / T:14.1f} {theirs}")
 
 

@@ -18,7 +18,8 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "AdapterError": "errors",
-    "Batch": "data.batches",
+    "Batch": "nn.batch",
+    "Callback": "train.callbacks",
     "CapabilityError": "errors",
     "ConfigError": "errors",
     "DataConfig": "config",
@@ -31,9 +32,12 @@ _HOMES = {
     "ModelError": "errors",
     "Plan": "model.plan",
     "Run": "train.run",
+    "StepOptions": "nn.batch",
+    "Sums": "objectives",
     "TrainConfig": "config",
+    "Trainer": "train.trainer",
     "TrainingError": "errors",
-    "finetune": "train.loop",
+    "finetune": "train.finetune",
     "load": "gemma",
     "loss_and_grads": "train.step",
     "read": "data.dataset",
@@ -43,7 +47,6 @@ __all__ = sorted(_HOMES)
 
 if TYPE_CHECKING:
     from .config import DataConfig, LoraConfig, TrainConfig
-    from .data.batches import Batch
     from .data.dataset import Dataset, read
     from .errors import (
         AdapterError,
@@ -57,9 +60,13 @@ if TYPE_CHECKING:
     )
     from .gemma import Gemma4, load
     from .model.plan import Plan
-    from .train.loop import finetune
+    from .nn.batch import Batch, StepOptions
+    from .objectives import Sums
+    from .train.callbacks import Callback
+    from .train.finetune import finetune
     from .train.run import Run
     from .train.step import loss_and_grads
+    from .train.trainer import Trainer
 
 
 def __getattr__(name: str) -> Any:

@@ -11,34 +11,45 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .config import LoraConfig
-from .errors import AdapterError, CapabilityError, ModelError
+from .errors import AdapterError, CapabilityError, ConfigError, ModelError
+from .lora.attach import adapted_modules, attach_lora
+from .lora.state import load_adapter
+from .lora.targets import resolve_targets
+from .model.download import resolve
 from .model.generation import stream_answer
-from .model.loader import LoadedBackbone, load_backbone, resolve
+from .model.loader import LoadedBackbone, load_backbone
 from .model.names import flat, is_frozen_buffer, lm_head, text_model
 from .model.plan import Plan, read_config
 from .model.tokenizer import end_tokens, load_processor, load_tokenizer
-from .nn.adapter import load_adapter
-from .nn.forward import forward, head
-from .nn.lora import adapted_modules, attach_lora, resolve_targets
+from .nn.batch import Batch
+from .nn.forward import forward
+from .nn.head import logits
+from .storage import size
 
 __all__ = ["Gemma4", "load"]
 
 
 def load(
-    path_or_hub_id: str | Path, adapter: str | Path | None = None, *, towers: bool = False
+    path_or_hub_id: str | Path,
+    adapter: str | Path | None = None,
+    *,
+    encoders: bool = False,
+    towers: bool | None = None,
 ) -> Gemma4:
     """Load a Gemma 4 for training or generation.
 
     Args:
         path_or_hub_id: a checkpoint folder, or a Hugging Face id.
         adapter: an adapter folder in mlx-lm's layout, such as OUTPUT/adapter.
-        towers: build image and audio towers too, through mlx-vlm.
+        encoders: build vision and audio encoders too, through mlx-vlm.
+        towers: the old name of `encoders`, refused.
 
     Returns:
         The model with everything frozen; `add_lora` or `train_all` says what trains. With an
         adapter, its LoRA layers train.
 
     Raises:
+        ConfigError: `towers` was given.
         ModelError: the checkpoint cannot be used as it is.
         AdapterError: the adapter does not fit it.
 
@@ -47,15 +58,21 @@ def load(
     >>> gemma.plan.num_shared
     3
     """
+    if towers is not None:
+        raise ConfigError(
+            f"load was given towers={towers}",
+            wanted="encoders, which is its name now",
+            do=f"call load(..., encoders={towers})",
+        )
     folder = resolve(path_or_hub_id)
     Plan.from_config(read_config(folder))  # what is wrong shows before gigabytes are read
     tokenizer = load_tokenizer(folder)
-    loaded = load_backbone(folder, towers=towers)
+    loaded = load_backbone(folder, encoders=encoders)
     gemma = Gemma4(
         name=str(path_or_hub_id),
         loaded=loaded,
         tokenizer=tokenizer,
-        processor=load_processor(folder) if towers else None,
+        processor=load_processor(folder) if encoders else None,
         end_tokens=frozenset(end_tokens(folder, loaded.config, tokenizer)),
     )
     if adapter is not None:
@@ -71,7 +88,7 @@ class Gemma4:
         name: the path or Hub id that it was loaded from.
         loaded: backbone, plan, PLE rows, and the loader's report.
         tokenizer: the transformers tokenizer, with the chat template.
-        processor: mlx-vlm's processor where towers were loaded.
+        processor: mlx-vlm's processor where encoders were loaded.
         end_tokens: token ids on which an answer ends.
         lora: the settings of the LoRA layers on it, if any.
     """
@@ -85,7 +102,7 @@ class Gemma4:
 
     @property
     def backbone(self) -> nn.Module:
-        """mlx-lm's model, or mlx-vlm's with towers."""
+        """mlx-lm's model, or mlx-vlm's with encoders."""
         return self.loaded.backbone
 
     @property
@@ -95,9 +112,7 @@ class Gemma4:
 
     def logits(self, tokens_BT: mx.array) -> mx.array:
         """Logits (B, T, V), float32, of token ids (B, T), through the training forward."""
-        tokens_BT = mx.array(tokens_BT)
-        hidden = forward(self.backbone, self.plan, tokens_BT, ple_BTLP=self.ple_rows(tokens_BT))
-        return head(self.backbone, self.plan, hidden)
+        return logits(self, forward(self, Batch.of_prompt(tokens_BT).with_ple_rows(self)))
 
     def ple_rows(self, tokens_BT: mx.array) -> mx.array | None:
         """Rows (B, T, L, P) of the PLE table, read from disk; None for members without one."""
@@ -124,7 +139,7 @@ class Gemma4:
         return adapted_modules(self.backbone)
 
     def train_all(self) -> None:
-        """Let every weight of the language model train, but no buffer, tower or PLE table.
+        """Let every weight of the language model train, but no buffer, encoder or PLE table.
 
         Raises:
             ModelError: quantized weights, which have no gradient.
@@ -156,21 +171,21 @@ class Gemma4:
                 `model.generation.stream_answer`.
 
         Raises:
-            CapabilityError: the model was loaded with towers.
+            CapabilityError: the model was loaded with encoders.
             ModelError: the tokenizer has no chat template.
         """
         if self.processor is not None:
             raise CapabilityError(
-                "the model was loaded with towers, for training",
+                "the model was loaded with encoders, for training",
                 wanted="a text model: answers come from mlx-lm",
-                do="load it without towers, or use the adapter in mlx-vlm",
+                do="load it without encoders, or use the adapter in mlx-vlm",
             )
         return stream_answer(self.backbone, self.tokenizer, self.end_tokens, prompt, **options)
 
     def __repr__(self) -> str:
         plan, loaded = self.plan, self.loaded
-        size = sum(value.nbytes for value in flat(self.backbone.parameters()).values())
-        on_disk = f" + {_size(loaded.ple_rows.nbytes)} PLE on disk" if loaded.ple_rows else ""
+        nbytes = sum(value.nbytes for value in flat(self.backbone.parameters()).values())
+        on_disk = f" + {size(loaded.ple_rows.nbytes)} PLE on disk" if loaded.ple_rows else ""
         shared = ""
         if plan.num_shared:
             sources = ", ".join(map(str, sorted(plan.kv_sources)))
@@ -179,18 +194,11 @@ class Gemma4:
         lines = [
             f"Gemma 4 {plan.member} ({plan.model_type}) from {self.name}",
             f"  layers:  {len(plan.layers)}{shared}{counts}",
-            f"  memory:  {_size(size)}{on_disk}",
+            f"  memory:  {size(nbytes)}{on_disk}",
             f"  gate:    {loaded.verdict}",
         ]
         if loaded.left_out:
-            lines.append(f"  towers:  {loaded.left_out} tensors left out (text only)")
+            lines.append(f"  encoders: {loaded.left_out} tensors left out (text only)")
         if self.lora:
             lines.append(f"  LoRA:    rank {self.lora.rank} on {', '.join(self.lora.targets)}")
         return "\n".join(lines)
-
-
-def _size(nbytes: int) -> str:
-    for unit, power in (("GB", 1e9), ("MB", 1e6)):
-        if nbytes >= power:
-            return f"{nbytes / power:.1f} {unit}"
-    return f"{nbytes / 1e3:.0f} kB"

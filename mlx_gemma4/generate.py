@@ -6,29 +6,40 @@
 
 from __future__ import annotations
 
-import argparse
-
-from .errors import run_command
+from .config import GenerateConfig, Part, RunConfig, TrainConfig, build, read_arguments
+from .errors import ConfigError, run_command
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m mlx_gemma4.generate", description=__doc__.split("\n")[0]
+    """Print the answer while it is made."""
+    values = read_arguments(
+        "mlx_gemma4.generate",
+        __doc__,
+        [
+            Part(RunConfig, "the model", only=("model",)),
+            Part(GenerateConfig, "the answer"),
+            Part(TrainConfig, "sampling", only=("seed",)),
+        ],
+        arguments,
+        usage="--model MODEL --prompt PROMPT [--adapter ADAPTER] [settings]",
     )
-    parser.add_argument("--model", required=True, help="a model folder or a Hugging Face id")
-    parser.add_argument("--adapter", help="an adapter folder, such as runs/1/adapter")
-    parser.add_argument("--prompt", required=True, help="what the user says")
-    parser.add_argument("--system", help="what the system turn says")
-    parser.add_argument("--max-tokens", type=int, default=256, help="(default: 256)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="(default: 0)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="(default: 1)")
-    parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
-    options = vars(parser.parse_args(arguments))
+    run, answer, train = build([RunConfig, GenerateConfig, TrainConfig], values, "the flags")
+    for flag, given in (("--model", run.model), ("--prompt", answer.prompt)):
+        if given is None:
+            raise ConfigError(
+                f"{flag} is not given", wanted="a model and a prompt", do=f"give {flag}"
+            )
 
     from .gemma import load
 
-    gemma = load(options.pop("model"), options.pop("adapter"))
-    for piece in gemma.stream(options.pop("prompt"), **options):
+    for piece in load(run.model, answer.adapter).stream(
+        answer.prompt,
+        system=answer.system,
+        max_tokens=answer.max_tokens,
+        temperature=answer.temperature,
+        top_p=answer.top_p,
+        seed=train.seed,
+    ):
         print(piece, end="", flush=True)
     print()
 

@@ -11,6 +11,8 @@ import mlx.core as mx
 import numpy as np
 
 import mlx_gemma4 as g4
+from mlx_gemma4.data.chat.encode import Chunk, Task, encode_chunk
+from mlx_gemma4.data.store.arrays import Examples, StoreWriter
 from mlx_gemma4.model.loader import build_backbone, load_backbone
 from mlx_gemma4.model.names import flat
 from mlx_gemma4.model.plan import Plan
@@ -50,7 +52,7 @@ SMALL_VISION = {
     "patch_size": 4,
     "position_embedding_size": 16,
 }
-"""The vision_config of a small image tower."""
+"""The vision_config of a small image encoder."""
 
 
 def write_rows(folder: Path, **splits: list) -> Path:
@@ -115,7 +117,7 @@ UNIFIED_VISION = {
 def as_others_load_it(source: Path, folder: Path) -> Path:
     """A copy of a small checkpoint that every mlx-lm and mlx-vlm loads.
 
-    In the layout of MLX conversions, with an image tower, with no key left to the libraries'
+    In the layout of MLX conversions, with an image encoder, with no key left to the libraries'
     defaults, and with the dead K/V weights of sharing layers that older ones want.
     """
     config = json.loads((source / "config.json").read_text())
@@ -142,3 +144,25 @@ def as_others_load_it(source: Path, folder: Path) -> Path:
     mx.eval(weights)
     mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
     return folder
+
+
+def encode_together(rows, tokenizer, train_on: str, thinking: str = "keep", on_bad_row="skip"):
+    """(examples, facts) of rows that are tokenized in one call."""
+    config = g4.DataConfig(train_on=train_on, thinking=thinking, on_bad_row=on_bad_row)
+    raw = [
+        {"text": row.text}
+        if row.shape == "text"
+        else {"messages": [_as_written(turn) for turn in row.messages], "tools": list(row.tools)}
+        for row in rows
+    ]
+    encoded = encode_chunk(
+        Task(tokenizer, len(tokenizer), config), Chunk("rows[", None, list(enumerate(raw)))
+    )
+    writer = StoreWriter()
+    writer.add(encoded)
+    return Examples([writer.finish("rows[")]), encoded.facts
+
+
+def _as_written(turn: dict) -> dict:
+    turn = dict(turn)
+    return turn if turn.pop("train", True) else {**turn, "weight": 0}

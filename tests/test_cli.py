@@ -154,7 +154,7 @@ def test_a_run_from_flags_to_an_answer(tiny, rows, tmp_path, capsys):
     assert "3 self_attn.k_proj" in told
     summary = json.loads((out / "summary.json").read_text())
     before, after = summary["val_loss_before"], summary["val_loss"]
-    assert f"held-out loss: {before:.3f} -> {after:.3f}" in told
+    assert f"validation loss: {before:.3f} -> {after:.3f}" in told
     assert after < before
     assert f"test loss: {summary['test_loss']:.3f}" in told
     assert f"peak memory: {summary['peak_memory_gb']:.3f} GB" in told
@@ -201,11 +201,17 @@ def test_a_run_goes_on_from_its_own_config(tiny, two_steps, tmp_path):
 
 
 def test_full_fine_tuning_from_flags(tiny, rows, tmp_path, capsys):
-    run(tiny, rows, tmp_path / "out", "--iters", 1, "--fine-tune-type", "full")
+    flags = ["--model", tiny, "--data", rows, "--output", tmp_path / "out", "--iters", 1]
+    train.main([str(word) for word in [*flags, "--fine-tune-type", "full"]])
     told = capsys.readouterr().out
     assert "every weight of the language model" in told
     config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
     assert config["fine_tune_type"] == "full"
+
+
+def test_settings_of_lora_with_full_fine_tuning_are_refused(tiny, rows, tmp_path, capsys):
+    told = error_of(capsys, lambda: run(tiny, rows, tmp_path / "out", "--fine-tune-type", "full"))
+    assert "fine_tune_type is full, and lora_rank given" in told
 
 
 # ---------------------------------------------------------------- the embedded default
@@ -232,7 +238,7 @@ def test_without_arguments_a_small_model_is_trained_on_real_text(small_default, 
     assert told.startswith("no --model given: training a small Gemma 4 made on this machine")
     assert "for a real one: python -m mlx_gemma4.train --model google/gemma-4-E2B-it" in told
     assert "building a small Gemma 4" in told
-    assert re.search(r"held-out loss: \d+\.\d{3} -> \d+\.\d{3}\n", told)
+    assert re.search(r"validation loss: \d+\.\d{3} -> \d+\.\d{3}\n", told)
     assert f"asked:  {embedded.PROMPT}\n" in told
     assert re.search(r"^before: .+\nafter:  .+$", told, re.MULTILINE)
     assert re.search(r"peak memory: \d+\.\d{3} GB", told)

@@ -45,7 +45,22 @@ def test_loop_by_hand(default):
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize(("name", "limit"), [("finetune", 60), ("loop_by_hand", 80)])
+def test_own_objective(default):
+    run = script("own_objective").main(*map(str, default[1]), iters=3)
+    losses = [report["val_loss"] for report in run.history if report["val_loss"] is not None]
+    assert losses[-1] < losses[0]
+
+
+def test_own_callback(default, capsys):
+    run = script("own_callback").main(*map(str, default[1]), iters=200, patience=0)
+    assert run.step < 200 and "has not fallen" in run.stopped
+    assert f"stopped after step {run.step}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "limit"),
+    [("finetune", 60), ("loop_by_hand", 80), ("own_objective", 40), ("own_callback", 50)],
+)
 def test_examples_stay_short(name, limit):
     assert (EXAMPLES / f"{name}.py").read_text().count("\n") <= limit
 
@@ -71,7 +86,7 @@ def test_the_notebook(default, tmp_path, monkeypatch):
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     shown = [output["data"] for output in outputs if "data" in output]
     assert sum("image/png" in data for data in shown) == 1, "run.plot() shows one picture"
-    assert any("held-out loss" in data["text/plain"] for data in shown)
+    assert any("validation loss" in data["text/plain"] for data in shown)
     assert (tmp_path / "out" / "adapters.safetensors").exists()
 
 

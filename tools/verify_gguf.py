@@ -22,7 +22,7 @@ import numpy as np
 
 import mlx_gemma4 as g4
 from mlx_gemma4.export.fuse import write_fused
-from mlx_gemma4.export.gguf import write_gguf
+from mlx_gemma4.lora.formats.gguf import write_gguf
 from mlx_gemma4.model import tiny
 
 TOLERANCE = 5e-3
@@ -61,7 +61,7 @@ def verify(shape: str, folder: Path, converter: Path) -> float:
     train_a_little(gemma)
     ours["adapter"] = ours["fused"] = gemma.logits(mx.array(tokens))
     adapter, fused = folder / f"{shape}-lora.gguf", folder / f"{shape}-fused"
-    write_gguf(gemma, adapter)
+    write_gguf(gemma.backbone, gemma.plan, adapter)
     write_fused(gemma, fused)
     files = [convert(path, converter) for path in (base, base, fused)]
     gaps = []

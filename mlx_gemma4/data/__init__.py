@@ -1,1 +1,1 @@
-"""Files -> examples -> batches."""
+"""Files -> raw rows (read/) -> examples (chat/, store/) -> batches (batch/); a look (inspect/)."""

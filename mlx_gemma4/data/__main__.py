@@ -8,101 +8,80 @@ python -m mlx_gemma4.train, also from its YAML file.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from ..config import DataConfig, LoraConfig, RunConfig, TrainConfig, add_flags, build, read_yaml
+from ..config import (
+    DataConfig,
+    LoraConfig,
+    Part,
+    RunConfig,
+    ShowConfig,
+    TrainConfig,
+    build,
+    read_arguments,
+)
 from ..errors import ConfigError, run_command
-from ..model.plan import Plan, read_config
+from ..model.text import text_side
+from ..storage import write_text
 
-
-@dataclass(frozen=True)
-class TextSide:
-    """A model without its weights."""
-
-    plan: Plan
-    tokenizer: Any
-
-
-def text_side(path_or_hub_id: str | Path) -> TextSide:
-    """Plan and tokenizer of a model; its weights are neither downloaded nor read."""
-    from ..model.loader import resolve
-    from ..model.tokenizer import load_tokenizer
-
-    folder = resolve(path_or_hub_id, weights=False)
-    return TextSide(Plan.from_config(read_config(folder)), load_tokenizer(folder))
+_SHOWN = 20
+"""Examples of each split on the page, at least."""
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options, model, data, config, train = _settings(arguments)
+    run, config, train, look = _settings(arguments)
 
     from .dataset import read
-    from .report import report
-    from .show import page
+    from .inspect.report import report
+    from .inspect.show import page
 
-    dataset = read(data, text_side(model), config)
-    figures = dataset.stats(train.batch_size, train.packing)
-    if options["html"]:
-        _write(Path(options["html"]), page(dataset, figures, max(options["show"], 20)))
-    if options["json"]:
+    data = read(run.data, text_side(run.model), config)
+    figures = data.stats(train.batch_size, train.packing)
+    if look.html:
+        count = max(look.show, _SHOWN)
+        lengths = {split: part["examples"] for split, part in figures["splits"].items()}
+        shown = [data.show(i, split) for split, n in lengths.items() for i in range(min(count, n))]
+        _write(look.html, page(figures, shown))
+    if look.json:
         print(json.dumps(figures, indent=2))
         return
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    print(report(dataset, figures))
-    for index in range(min(options["show"], len(dataset))):
-        print("\n" + dataset.show(index).text(colour=colour))
+    print(report(figures))
+    for index in range(min(look.show, len(data))):
+        print("\n" + data.show(index).text(colour=colour))
 
 
-def _settings(
-    arguments: list[str] | None,
-) -> tuple[dict[str, Any], str, str, DataConfig, TrainConfig]:
-    parser = argparse.ArgumentParser(
-        prog="python -m mlx_gemma4.data",
-        usage="python -m mlx_gemma4.data --model MODEL --data DATA [--show N] [settings]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+def _settings(arguments: list[str] | None) -> tuple[Any, ...]:
+    of_a_run = [RunConfig, DataConfig, TrainConfig, LoraConfig]
+    values = read_arguments(
+        "mlx_gemma4.data",
+        __doc__,
+        [
+            Part(RunConfig, "what is read", only=("model", "data")),
+            Part(ShowConfig, "what is shown"),
+            Part(DataConfig, "data"),
+            Part(TrainConfig, "batches", only=("batch_size", "packing")),
+        ],
+        arguments,
+        usage="--model MODEL --data DATA [--show N] [settings]",
+        yaml_groups=of_a_run,
     )
-    default = argparse.SUPPRESS
-    parser.add_argument("-c", "--config", metavar="FILE", help="a YAML file of a run's settings")
-    parser.add_argument("--model", default=default, help="a model folder or a Hugging Face id")
-    parser.add_argument("--data", default=default, help="files, a folder, or a Hub dataset")
-    parser.add_argument("--batch-size", type=int, default=default, help="rows in a batch")
-    parser.add_argument(
-        "--packing",
-        action=argparse.BooleanOptionalAction,
-        default=default,
-        help="whether examples share rows (default: yes)",
-    )
-    parser.add_argument(
-        "--show", type=int, default=0, metavar="N", help="print the first N examples"
-    )
-    parser.add_argument("--html", metavar="FILE", help="write the same as a page, with examples")
-    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
-    add_flags(parser, DataConfig, "data")
-    given = vars(parser.parse_args(arguments))
-    options = {name: given.pop(name) for name in ("config", "show", "html", "json")}
-    groups = [RunConfig, DataConfig, TrainConfig, LoraConfig]
-    from_file = read_yaml(options["config"]) if options["config"] else {}
-    build(groups, from_file, str(options["config"]))
-    run, data, train, _ = build(groups, {**from_file, **given}, "the flags")
+    run, data, train, _, look = build([*of_a_run, ShowConfig], values, "the flags")
     if run.model is None or run.data is None:
         raise ConfigError(
             f"--model is {run.model} and --data is {run.data}",
             wanted="a model, for its tokenizer and template, and data",
             do="give both",
         )
-    return options, run.model, run.data, data, train
+    return run, data, train, look
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path: str, text: str) -> None:
     try:
-        path.write_text(text, "utf-8")
+        write_text(path, text)
     except OSError as error:
         raise ConfigError(
             f"cannot write {path}: {error}", wanted="a file to write", do="change --html"

@@ -1,46 +1,46 @@
-"""`read`: files or a Hub dataset -> examples with tokens and loss masks, by split."""
+"""`Dataset`, and `read`: files, a Hub dataset or rows in memory -> examples by split."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import importlib.metadata
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, overload
+from typing import Any, Protocol, overload
+
+import numpy as np
 
 from ..config import DataConfig
 from ..errors import ConfigError, DataError
-from .batches import Example
-from .cache import cached
-from .examples import Examples
-from .files import SPLITS, DataFile, find_files
-from .formats import column_map
-from .hub import HubSplit, find_splits, is_hub_source
-from .mix import held_out, parse_mix, weighted
-from .records import read_records
-from .store import Encoded, Facts, Store, StoreWriter
-from .tokenizing import Chunk, Task, Workers, chunks, encode_chunk
-
-if TYPE_CHECKING:
-    from ..model.plan import Plan
-    from .show import Shown
+from ..model.plan import Plan
+from .batch.order import BatchOrder
+from .chat.encode import Chunk, Task, encode_chunk
+from .chat.formats import column_map
+from .example import Encoded, Example, Facts
+from .inspect.report import counts, stats, summary
+from .inspect.show import Shown
+from .read.files import SPLITS
+from .read.sources import Input, Source, find_sources
+from .store.arrays import Examples, Store, StoreWriter
+from .store.cache import cached, tokens_key
+from .store.workers import Workers
 
 __all__ = ["Dataset", "read"]
 
 SMALL = 8_000_000
-"""Up to this many bytes are read anew every time, here and now; more goes through the cache."""
+"""Files up to this many bytes are read anew every time, in this process."""
 
-_SETTINGS = (
-    *("train_on", "thinking", "max_seq_length", "overlong", "truncate_from"),
-    *("on_bad_row", "columns", "media_anywhere"),
-)
+_MANY_ROWS = 20_000
+"""More rows in memory than this are worth starting worker processes."""
+
+_CHUNK_ROWS, _CHUNK_BYTES = 1000, 1 << 20
 
 
 class ReadsText(Protocol):
-    """What `read` needs of a model: a loaded Gemma4 has it, and so has its text side alone."""
+    """What `read` needs of a model: a loaded Gemma4 has it, and so has `model.text.TextSide`."""
 
     @property
     def plan(self) -> Plan: ...
@@ -84,7 +84,7 @@ class Dataset:
         return iter(self.train)
 
     def show(self, index: int = 0, split: str = "train") -> Shown:
-        """An example for the eye: what is learned is marked, special tokens are visible.
+        """An example for the eye: targets are marked, special tokens are visible.
 
         A notebook displays it in colour; `print` works everywhere.
 
@@ -97,8 +97,6 @@ class Dataset:
         ⟦A list holds values.<turn|>⟧
         <BLANKLINE>
         """
-        from .show import Shown
-
         return Shown.of(getattr(self, split)[index], self.tokenizer, f"{split}[{index}]")
 
     def stats(self, batch_size: int = 1, packing: bool = True) -> dict[str, Any]:
@@ -107,37 +105,41 @@ class Dataset:
         Args:
             batch_size, packing: as in TrainConfig, for padding and steps an epoch.
         """
-        from .report import stats
-
-        return stats(self, batch_size, packing)
+        splits = self._splits()
+        order = BatchOrder.of(splits["train"], self.config.max_seq_length, batch_size, packing)
+        return stats(self._counts(), splits, order)
 
     def __repr__(self) -> str:
-        from .report import summary
+        return summary(self._counts())
 
-        return summary(self)
+    def _splits(self) -> dict[str, Examples]:
+        return {name: Examples.of(getattr(self, name)) for name in SPLITS}
+
+    def _counts(self) -> dict[str, Any]:
+        return counts(self.source, self.formats, self.config, self.facts, self._splits())
 
 
-def read(
-    source: str | Path | Sequence[str | Path] | Mapping[str, float],
-    gemma: ReadsText,
-    config: DataConfig = DataConfig(),
-) -> Dataset:
+def read(source: Input, gemma: ReadsText, config: DataConfig = DataConfig()) -> Dataset:
     """Read rows and turn them into examples for a model.
 
     Args:
         source: a folder with train (valid, test) files, one file, or the id of a Hub dataset.
             Several, as a list or with commas, are mixed; `chat.jsonl=2` or {"chat.jsonl": 2}
-            takes each training row twice an epoch, 0.5 takes half of them.
+            takes each training row twice an epoch, 0.5 takes half of them. Or rows in memory: a
+            list of dicts, a `datasets.Dataset`, or a dict of such by split.
         gemma: whose tokenizer and chat template are used.
-        config: which tokens are learned, and what is done with long or bad rows.
+        config: which tokens are targets, and what is done with long or bad rows.
 
     Raises:
         DataError: the first row that cannot be used, by file and line; or no rows at all.
 
     >>> import mlx_gemma4 as g4
-    >>> data = g4.read(rows, g4.load(tiny))
+    >>> gemma = g4.load(tiny)
+    >>> data = g4.read(rows, gemma)
     >>> len(data), data[0].num_targets > 0
     (2, True)
+    >>> g4.read([{"prompt": "Hi", "completion": "Hello"}], gemma)[0].origin
+    'rows[0]'
     """
     limit = gemma.plan.max_positions
     if config.max_seq_length > limit:
@@ -147,25 +149,25 @@ def read(
             do="lower max_seq_length",
         )
     column_map(config.columns)
-    mix = parse_mix(source)
-    found = [_find(name, config) for name in mix]
+    weights, found = find_sources(source, config)
     everything = [part for splits in found for parts in splits.values() for part in parts]
-    dataset = Dataset(", ".join(mix), config, tokenizer=gemma.tokenizer)
-    dataset.formats.update(part.label for part in everything)
     task = Task(gemma.tokenizer, gemma.plan.vocab_size, config)
     small = sum(part.size for part in everything) <= SMALL
-    with _Reader(task, in_memory=small) as reader:
+    with contextlib.ExitStack() as stack:
+        reader = _Reader(task, stack, use_cache=not small)
         stores = [
             {split: [reader.store(part) for part in parts] for split, parts in splits.items()}
             for splits in found
         ]
-    for splits in stores:
-        for store in (store for stores in splits.values() for store in stores):
-            dataset.facts.add(store.facts)
+    dataset = Dataset(", ".join(weights), config, tokenizer=gemma.tokenizer)
+    dataset.formats.update(part.label for part in everything)
     for split in SPLITS:
-        setattr(dataset, split, Examples([s for splits in stores for s in splits.get(split, [])]))
+        of_split = [store for splits in stores for store in splits.get(split, [])]
+        setattr(dataset, split, Examples(of_split))
+    for store in (store for splits in stores for parts in splits.values() for store in parts):
+        dataset.facts.add(store.facts)
     sizes = [sum(map(len, splits["train"])) for splits in stores]
-    _choose(dataset, sizes, list(mix.values()))
+    _split_and_weigh(dataset, sizes, list(weights.values()))
     if not dataset.train:
         raise DataError(
             f"{dataset.source} leaves no example to train on",
@@ -175,10 +177,100 @@ def read(
     return dataset
 
 
-def _choose(dataset: Dataset, sizes: Sequence[int], weights: Sequence[float]) -> None:
-    """Hold rows out, and weigh the rest."""
-    fraction, train = dataset.config.valid_fraction, dataset.train
-    assert isinstance(train, Examples)
+class _Reader:
+    """Makes the stores of a call of `read`, through the cache or in memory."""
+
+    def __init__(self, task: Task, stack: contextlib.ExitStack, *, use_cache: bool):
+        self._task, self._stack = task, stack
+        self._workers: Workers | None = None
+        self._key = tokens_key(task) if use_cache else None
+
+    def store(self, source: Source) -> Store:
+        """The examples of one file or split."""
+        fingerprint = source.fingerprint() if self._key else None
+        if fingerprint is None:
+            many = (source.count or 0) > _MANY_ROWS
+            encoded = self._by_workers(source) if many else map(self._encode, _chunks(source))
+            return _filled(StoreWriter(), source, encoded)
+        parts = (self._key, source.place, source.label, fingerprint)
+        key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+        def build(folder: Path) -> None:
+            _filled(StoreWriter(folder), source, self._by_workers(source))
+
+        return Store.open(cached(key, build), source.place)
+
+    def _encode(self, chunk: Chunk) -> Encoded:
+        return encode_chunk(self._task, chunk)
+
+    def _by_workers(self, source: Source) -> Iterator[Encoded]:
+        from tqdm import tqdm
+
+        if self._workers is None:
+            self._workers = Workers(self._task)
+            self._stack.push(self._workers)
+        by_bytes = source.label == "jsonl"
+        with tqdm(
+            desc=f"tokenizing {_name_of(source).rsplit('/', 1)[-1]}",
+            total=source.size if by_bytes else source.count,
+            unit="B" if by_bytes else " rows",
+            unit_scale=True,
+            disable=None,
+            dynamic_ncols=True,
+            leave=False,
+        ) as bar:
+
+            def told() -> Iterator[Chunk]:
+                for chunk in _chunks(source):
+                    yield chunk
+                    read = sum(len(raw) for _, raw in chunk.rows) if by_bytes else len(chunk.rows)
+                    bar.update(read)
+
+            yield from self._workers.encode(told())
+
+
+def _chunks(source: Source) -> Iterator[Chunk]:
+    """The raw rows of a source, at most a thousand at a time, or about a megabyte of lines."""
+    rows, size = [], 0
+    for number, raw in source.records():
+        rows.append((number, raw))
+        size += len(raw) if isinstance(raw, bytes) else 0
+        if len(rows) == _CHUNK_ROWS or size > _CHUNK_BYTES:
+            yield Chunk(source.place, source.folder, rows)
+            rows, size = [], 0
+    if rows:
+        yield Chunk(source.place, source.folder, rows)
+
+
+def _filled(writer: StoreWriter, source: Source, encoded: Iterable[Encoded]) -> Store:
+    count = 0
+    for part in encoded:
+        writer.add(part)
+        count += len(part.lengths)
+    if not count:
+        facts = writer.facts
+        long = f"{facts.skipped} were too long" if facts.skipped else ""
+        bad = f"{facts.bad} cannot be used" if facts.bad else ""
+        why = ", ".join(filter(None, [long, bad]))
+        raise DataError(
+            f"{_name_of(source)} holds no example" + (f" ({why})" if why else ""),
+            wanted="at least one row",
+            do="fill the file, or raise max_seq_length" if long else "fill the file",
+        )
+    return writer.finish(source.place)
+
+
+def _name_of(source: Source) -> str:
+    """The source without what stands between it and a row's number."""
+    return source.place.removesuffix("[").removesuffix("row ").removesuffix(":")
+
+
+# ---------------------------------------------------------------- validation rows, and weights
+
+
+def _split_and_weigh(dataset: Dataset, sizes: Sequence[int], weights: Sequence[float]) -> None:
+    """Set the validation rows apart, and take the rows of each source as often as it weighs."""
+    fraction, train = dataset.config.valid_fraction, Examples.of(dataset.train)
     if fraction is not None:
         if dataset.valid:
             raise ConfigError(
@@ -186,104 +278,33 @@ def _choose(dataset: Dataset, sizes: Sequence[int], weights: Sequence[float]) ->
                 wanted="one of them",
                 do="leave out valid_fraction, or remove the valid file",
             )
-        train, dataset.valid = held_out(train, fraction, dataset.source)
-    dataset.train = weighted(train, sizes, weights)
+        train, dataset.valid = _without_validation(train, fraction, dataset.source)
+    dataset.train = _weighted(train, sizes, weights)
 
 
-def _find(source: str, config: DataConfig) -> Mapping[str, Sequence[DataFile | HubSplit]]:
-    return find_splits(source, config) if is_hub_source(source, config) else find_files(source)
+def _without_validation(train: Examples, fraction: float, source: str) -> tuple[Examples, Examples]:
+    """(train, valid): a share of the rows, chosen by content, so that equal rows go together."""
+    kinds = np.unique(train.digests)
+    if len(kinds) < 2:
+        raise DataError(
+            f"{source} has {len(kinds)} different rows",
+            wanted="two or more, to set some apart for validation",
+            do="add rows, or leave out valid_fraction",
+        )
+    count = min(max(round(len(kinds) * fraction), 1), len(kinds) - 1)
+    is_valid = train.digests <= kinds[count - 1]
+    return train.picked(train.order[~is_valid]), train.picked(train.order[is_valid])
 
 
-class _Reader:
-    """Makes the stores of a run, through the cache or in memory."""
-
-    def __init__(self, task: Task, *, in_memory: bool):
-        self._task, self._in_memory = task, in_memory
-        self._workers: Workers | None = None
-        self._key = "" if in_memory else _key(task)
-
-    def __enter__(self) -> _Reader:
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        if self._workers:
-            self._workers.__exit__(*exception)
-
-    def store(self, source: DataFile | HubSplit) -> Store:
-        """The examples of one file or split."""
-        if self._in_memory:
-            jobs = _jobs(source)
-            return self._filled(
-                StoreWriter(None), source, (encode_chunk(self._task, job) for job in jobs)
-            )
-        parts = (self._key, source.place, source.kind, source.fingerprint())
-        key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
-        return Store.open(cached(key, lambda folder: self._build(folder, source)), source.place)
-
-    def _build(self, folder: Path, source: DataFile | HubSplit) -> None:
-        from tqdm import tqdm
-
-        self._workers = self._workers or Workers(self._task)
-        plain = source.label == "jsonl"
-        rows = len(source.table) if isinstance(source, HubSplit) else None
-        with tqdm(
-            desc=f"tokenizing {source.place.rsplit('/', 1)[-1].split(':')[0]}",
-            total=source.size if plain else rows,
-            unit="B" if plain else " rows",
-            unit_scale=True,
-            disable=None,
-            dynamic_ncols=True,
-            leave=False,
-        ) as bar:
-
-            def handed_out() -> Iterator[Chunk]:
-                for job in _jobs(source):
-                    yield job
-                    sizes = (len(raw) if isinstance(raw, bytes) else 0 for _, raw in job.rows)
-                    bar.update(sum(sizes) if plain else len(job.rows))
-
-            self._filled(StoreWriter(folder), source, self._workers.encode(handed_out()))
-
-    def _filled(
-        self,
-        writer: StoreWriter,
-        source: DataFile | HubSplit,
-        encoded: Iterable[Encoded],
-    ) -> Store:
-        count = 0
-        for part in encoded:
-            writer.add(part)
-            count += len(part.lengths)
-        if not count:
-            facts = writer.facts
-            long = f"{facts.skipped} were too long" if facts.skipped else ""
-            bad = f"{facts.bad} cannot be used" if facts.bad else ""
-            why = ", ".join(filter(None, [long, bad]))
-            where = source.place.rstrip(":").removesuffix(":row ")
-            raise DataError(
-                f"{where} holds no example" + (f" ({why})" if why else ""),
-                wanted="at least one row",
-                do="fill the file, or raise max_seq_length" if long else "fill the file",
-            )
-        return writer.finish(source.place)
-
-
-def _jobs(source: DataFile | HubSplit) -> Iterator[Chunk]:
-    records = source.records() if isinstance(source, HubSplit) else read_records(source)
-    return chunks(source.place, source.folder, records)
-
-
-def _key(task: Task) -> str:
-    """What examples depend on besides their rows: tokenizer, template, settings, and this code."""
-    tokenizer = task.tokenizer
-    libraries = ("transformers", "tokenizers", "jinja2", "pyarrow", "numpy")
-    made_of = [
-        tokenizer.backend_tokenizer.to_str(),
-        repr(tokenizer.chat_template),
-        repr(sorted(tokenizer.special_tokens_map.items(), key=repr)),
-        str(task.vocab_size),
-        repr([(name, getattr(task.config, name)) for name in _SETTINGS]),
-        repr([importlib.metadata.version(name) for name in libraries]),
-        *(path.read_text() for path in sorted(Path(__file__).parent.glob("*.py"))),
-    ]
-    return hashlib.sha256("\0".join(made_of).encode()).hexdigest()
+def _weighted(train: Examples, sizes: Sequence[int], weights: Sequence[float]) -> Examples:
+    """Each source's rows as often as its weight says; a part is drawn, the same each time."""
+    if all(weight == 1 for weight in weights):
+        return train
+    ends = np.cumsum(sizes)
+    order = []
+    for end, size, weight in zip(ends, sizes, weights):
+        own = train.order[(train.order >= end - size) & (train.order < end)]
+        whole, part = divmod(weight, 1)
+        drawn = np.random.default_rng([0, len(own)]).permutation(len(own))
+        order += [own] * int(whole) + [own[np.sort(drawn[: round(part * len(own))])]]
+    return train.picked(np.concatenate(order))

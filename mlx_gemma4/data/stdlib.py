@@ -1,8 +1,8 @@
 """Text that is on every machine: the docstrings of the Python standard library, as chat rows.
 
 The question is a function's signature, the answer the first paragraph of its docstring. Sources
-are parsed, never imported. Modules are split, so that no function of the held-out sets shares a
-module with one that is trained on.
+are parsed, never imported. Modules are split, so that no function of the validation and test sets
+shares a module with one that is trained on.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def split_of(module: str) -> str:
     return "train" if bucket < 230 else "valid" if bucket < 243 else "test"
 
 
-def write_chat_rows(folder: Path, held_out: int = 100) -> None:
-    """Write train.jsonl, valid.jsonl and test.jsonl; the last two of at most `held_out` rows."""
+def write_chat_rows(folder: Path, most: int = 100) -> None:
+    """Write train.jsonl, valid.jsonl and test.jsonl; the last two of at most `most` rows."""
     rows: dict[str, list[str]] = {"train": [], "valid": [], "test": []}
     for module, signature, answer in docstrings():
         messages = [
@@ -48,7 +48,7 @@ def write_chat_rows(folder: Path, held_out: int = 100) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, lines in rows.items():
         # Rows far apart, so that a few hundred speak of many modules.
-        stride = max(1, len(lines) // held_out) if name != "train" else 1
+        stride = max(1, len(lines) // most) if name != "train" else 1
         (folder / f"{name}.jsonl").write_text("\n".join(lines[::stride]) + "\n", "utf-8")
 
 

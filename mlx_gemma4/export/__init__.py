@@ -18,31 +18,21 @@ import numpy as np
 
 from ..errors import AdapterError, ConfigError, ExportError, listing
 from ..gemma import Gemma4
+from ..lora.formats import ADAPTERS, Adapter, Format
+from ..lora.formats.format import CONFIG
+from ..lora.formats.gguf import read_gguf, write_gguf
+from ..lora.formats.transformers import TransformersLibrary
+from ..lora.state import adapter_of
+from ..lora.update import require_effect
+from ..model.checkpoint import read_index
 from ..model.plan import read_config
-from ..model.weights import read_index
-from ..nn.adapter import adapter_of, require_effect
-from .folder import whole_folder
-from .fuse import Survival, write_fused
-from .gguf import read_gguf, write_gguf
-from .mlx import to_mlx_lm, to_mlx_vlm, to_mlx_vlm_legacy
-from .peft import peft_card, peft_layout
-from .receivers import MlxLm, MlxVlm, Receiver, Transformers
-from .verify import Verdict, check_adapter, check_logits
+from ..storage import new_folder
+from .fuse import ChangeKept, base_of, fuse_into, trained_updates
+from .verify import Proof, check_adapter, check_logits
 
-__all__ = ["ADAPTERS", "FORMATS", "export"]
-
-ADAPTERS: Mapping[str, Receiver] = {
-    "mlx-lm": MlxLm(),
-    "mlx-vlm": MlxVlm(),
-    "mlx-vlm-legacy": MlxVlm(legacy=True),
-    "peft": Transformers(causal=False),
-    "peft-causal": Transformers(causal=True),
-}
-"""Adapter formats, and who receives each."""
+__all__ = ["FORMATS", "export", "require_format"]
 
 FORMATS = (*ADAPTERS, "fused", "gguf")
-
-_OURS = {"adapter_config.json", "adapters.safetensors", "adapter_model.safetensors", "README.md"}
 
 
 def export(
@@ -52,25 +42,41 @@ def export(
     *,
     verify: bool = True,
     **options: Any,
-) -> list[Verdict | Survival]:
-    """Write a trained model for other libraries, and prove it there.
+) -> list[Proof | ChangeKept]:
+    """Write a trained model for another library, and prove it there.
 
     Args:
         gemma: with LoRA, or trained whole.
         output: a folder, for gguf a file; it appears whole or stays as it was.
         format: one of FORMATS.
-        verify: check names, shapes and values, load the export where it is for, and compare
+        verify: check names, shapes and values, load the export in its library, and compare
             logits; nothing is kept of an export that fails.
-        options: of a fused model, as in `write_fused`.
+        options: of a fused model, as in `fuse.fuse_into`.
 
     Returns:
         What was seen of it, a line each: of an adapter in its library, of a fused model in every
-        library that has it; first, where a fused model is quantized, what survived worst.
+        library that has it; first, where a fused model is quantized, the change that was kept
+        least.
 
     Raises:
         AdapterError: nothing was trained, or the format has no place for what was.
         ConfigError: an unknown format, or an output that cannot be written or holds other files.
         ExportError: the export does not do what the trained model does.
+    """
+    require_format(format, options)
+    output = Path(output).expanduser()
+    if format == "gguf":
+        return _export_gguf(gemma, output, verify)
+    if format == "fused":
+        return _export_fused(gemma, output, verify, options)
+    return _export_adapter(gemma, output, verify, ADAPTERS[format])
+
+
+def require_format(format: str, options: Mapping[str, Any]) -> None:
+    """Refuse a format that is not known, or options that are for another.
+
+    Raises:
+        ConfigError: with the formats that there are.
     """
     if format not in FORMATS:
         raise ConfigError(
@@ -82,59 +88,66 @@ def export(
             wanted="them for a fused model only",
             do="leave them out, or export with format fused",
         )
-    output = Path(output).expanduser()
-    if format == "gguf":
-        return _export_gguf(gemma, output, verify)
-    if format == "fused":
-        return _export_fused(gemma, output, verify, options)
-    config, tensors, file, card = _files(gemma, format)
-    _require_replaceable(output, _OURS)
-    with whole_folder(output) as partial:
-        metadata = {"format": "pt" if format.startswith("peft") else "mlx"}
-        mx.save_safetensors(str(partial / file), tensors, metadata)
-        (partial / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
-        if card:
-            (partial / "README.md").write_text(card)
+
+
+def _export_adapter(
+    gemma: Gemma4, output: Path, verify: bool, format: Format
+) -> list[Proof | ChangeKept]:
+    _, trained = adapter_of(gemma.backbone, gemma.lora, gemma.name)
+    if gemma.lora is None and format.name != "mlx-lm":
+        raise AdapterError(
+            f"the model was trained whole, and {format.name} is a format of adapters",
+            wanted="LoRA, or another format",
+            do="export it with --format fused",
+        )
+    require_effect(gemma.backbone, "the model")
+    adapter = Adapter(gemma.lora, trained, gemma.backbone, gemma.plan, gemma.name)
+    config, tensors = format.write(adapter)
+    _require_replaceable(output, {CONFIG, "README.md"} | {f.file for f in ADAPTERS.values()})
+    with new_folder(output) as partial:
+        mx.save_safetensors(str(partial / format.file), tensors, dict(format.metadata))
+        (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        if readme := format.readme(adapter):
+            (partial / "README.md").write_text(readme)
         if not verify:
             return []
-        check_adapter(gemma, partial, tensors, file)
-        return [check_logits(gemma, format, ADAPTERS[format], partial, len(tensors), held=tensors)]
+        check_adapter(gemma, partial, tensors, format.file)
+        seen = (gemma, format.name, format.library, partial, len(tensors))
+        return [check_logits(*seen, held=tensors)]
 
 
 def _export_fused(
     gemma: Gemma4, output: Path, verify: bool, options: Mapping[str, Any]
-) -> list[Verdict | Survival]:
+) -> list[Proof | ChangeKept]:
+    base = base_of(gemma, output)
     _require_replaceable(output, None)
-    with whole_folder(output) as partial:
-        partial.rmdir()
-        survivals = write_fused(gemma, partial, **options)
+    with new_folder(output) as partial:
+        changes = fuse_into(base, trained_updates(gemma), partial, **options)
         stored = read_index(partial)
         quantized = "quantization" in read_config(partial)
-        found: list[Verdict | Survival] = [survivals[0]] if quantized else []
+        found: list[Proof | ChangeKept] = [changes[0]] if quantized else []
         if not verify:
             return found
-        receivers: dict[str, Receiver] = {"mlx-lm": MlxLm()}
+        libraries: list[Any] = [ADAPTERS["mlx-lm"].library]
         if gemma.plan.is_multimodal:
-            receivers["mlx-vlm"] = MlxVlm()
+            libraries.append(ADAPTERS["mlx-vlm"].library)
         if not quantized:
-            receivers["transformers"] = Transformers(causal=False, merged=True)
+            libraries.append(TransformersLibrary())
         rounded = quantized or any(tensor.dtype != "F32" for tensor in stored.values())
-        return found + [
-            check_logits(
-                gemma, "fused", receiver, partial, len(stored), is_adapter=False, rounded=rounded
-            )
-            for receiver in receivers.values()
-        ]
+        for library in libraries:
+            seen = (gemma, "fused", library, partial, len(stored))
+            found.append(check_logits(*seen, rounded=rounded))
+        return found
 
 
-def _export_gguf(gemma: Gemma4, output: Path, verify: bool) -> list[Verdict | Survival]:
+def _export_gguf(gemma: Gemma4, output: Path, verify: bool) -> list[Proof | ChangeKept]:
     if output.is_dir() or (output.exists() and output.suffix != ".gguf"):
         raise ConfigError(
             f"{output} is there and no .gguf file",
             wanted="a new file, or an earlier export, so that nothing is lost",
             do="name another output, such as adapter.gguf",
         )
-    count = write_gguf(gemma, output)
+    count = write_gguf(gemma.backbone, gemma.plan, output)
     if verify:
         _, tensors = read_gguf(output)
         broken = [name for name, value in tensors.items() if not np.isfinite(value).all()]
@@ -144,30 +157,7 @@ def _export_gguf(gemma: Gemma4, output: Path, verify: bool) -> list[Verdict | Su
                 wanted=f"{count} finite tensors",
                 do="export it again, and report this if it stays",
             )
-    return [Verdict("gguf", count, why_not="llama.cpp is run by make verify-gguf")]
-
-
-def _files(
-    gemma: Gemma4, format: str
-) -> tuple[dict[str, Any], dict[str, mx.array], str, str | None]:
-    """adapter_config.json, the tensors, the name of their file, and README.md."""
-    lora = gemma.lora
-    config, weights = adapter_of(gemma.backbone, lora, gemma.name)
-    if lora is None:
-        if format == "mlx-lm":
-            return config, weights, "adapters.safetensors", None
-        raise AdapterError(
-            f"the model was trained whole, and {format} is a format of adapters",
-            wanted="LoRA, or another format",
-            do="export it with --format fused",
-        )
-    require_effect(weights, gemma.backbone, "the model")
-    if format.startswith("peft"):
-        causal = format == "peft-causal"
-        layout = peft_layout(lora, weights, gemma, causal=causal)
-        return *layout, "adapter_model.safetensors", peft_card(lora, gemma, causal=causal)
-    to = {"mlx-lm": to_mlx_lm, "mlx-vlm": to_mlx_vlm, "mlx-vlm-legacy": to_mlx_vlm_legacy}[format]
-    return *to(lora, config, weights, gemma.backbone), "adapters.safetensors", None
+    return [Proof("gguf", count, why_not="llama.cpp is run by make verify-gguf")]
 
 
 def _require_replaceable(folder: Path, names: set[str] | None) -> None:

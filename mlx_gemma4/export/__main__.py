@@ -1,105 +1,99 @@
-"""Export a trained run or an adapter for other libraries, and prove it there.
+"""Export a trained run or an adapter for another library, and prove it there.
 
-python -m mlx_gemma4.export runs/1 --format peft --output out/
+    python -m mlx_gemma4.export runs/1 --format peft --output out/
+
+    mlx-lm, mlx-vlm, mlx-vlm-legacy (0.4)    an adapter folder for that library
+    peft, peft-causal                        for transformers and PEFT, by the model's class
+    fused                                    a model with the adapter merged into its weights
+    gguf                                     one file for llama.cpp's --lora
+
+The output is a folder, for gguf a file. The base model is the one that the adapter names;
+--model names another place of it.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
 
+from ..config import ExportConfig, Part, RunConfig, build, read_arguments
 from ..errors import AdapterError, ConfigError, run_command
-from . import FORMATS, export
+from ..lora.formats.format import CONFIG
+from . import export, require_format
+from .hub import push_folder, require_repo_id
+
+_OF_A_FUSED_MODEL = ("quantize", "group_size", "floor", "force")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    given = vars(_parser().parse_args(arguments))
-    source, output = Path(given.pop("source")).expanduser(), given.pop("output")
-    push, private = given.pop("push"), not given.pop("public")
+    run, given, options = _settings(arguments)
+    source, output = Path(given.source or "").expanduser(), Path(run.output or "").expanduser()
     adapter = source / "adapter" if (source / "adapter").is_dir() else source
-    model = given.pop("model") or _base_of(adapter)
-    options = {key: value for key, value in given.items() if value is not None}
-    if output is None:
-        raise ConfigError(
-            "--output is not given", wanted="a folder, for gguf a file", do="give --output"
-        )
-    _require_apart(Path(output), source, adapter, model)
+    model = run.model or _base_of(adapter)
+    _require_apart(output, source, adapter, Path(model))
+    if given.push:
+        require_repo_id(given.push)
 
     from ..gemma import load
-    from .hub import push_folder, require_repo_id
-
-    if push:
-        require_repo_id(push)
 
     gemma = load(model, adapter=adapter)
     print(gemma)
-    for line in export(gemma, output, **options):
+    for line in export(gemma, output, given.format, verify=given.verify, **options):
         print(line)
     print(f"exported: {output}")
-    if push:
-        print(f"pushed: {push_folder(output, push, source, private=private)}")
+    if given.push:
+        url = push_folder(output, given.push, source, private=not given.public)
+        print(f"pushed: {url}")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m mlx_gemma4.export",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+def _settings(arguments: list[str] | None) -> tuple[RunConfig, ExportConfig, dict[str, Any]]:
+    """What is read and where it goes, how, and the options of a fused model that were given."""
+    values = read_arguments(
+        "mlx_gemma4.export",
+        __doc__,
+        [
+            Part(ExportConfig, "export", positional=("source",)),
+            Part(
+                RunConfig,
+                "what is read and written",
+                only=("model", "output"),
+                help={
+                    "model": "the base model; default: the one that the adapter names",
+                    "output": "the folder to write; for gguf a file",
+                },
+            ),
+        ],
+        arguments,
+        usage="RUN_OR_ADAPTER --output PATH [--format FORMAT] [settings]",
     )
-    parser.add_argument(
-        "source",
-        metavar="RUN_OR_ADAPTER",
-        help="the output folder of a run, or an adapter of ours, mlx-lm, mlx-vlm or PEFT",
-    )
-    parser.add_argument(
-        "--format", choices=FORMATS, default="mlx-lm", help="who receives it (default: mlx-lm)"
-    )
-    parser.add_argument("--output", metavar="PATH", help="the folder to write; for gguf a file")
-    parser.add_argument(
-        "--model", metavar="TEXT", help="the base model; default: the one that the adapter names"
-    )
-    parser.add_argument(
-        "--verify",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="load the export where it is for and compare logits (default: yes)",
-    )
-    parser.add_argument(
-        "--push", metavar="USER/NAME", help="upload it to the Hugging Face Hub, private by default"
-    )
-    parser.add_argument(
-        "--public", action="store_true", help="make the repository for everyone to see"
-    )
-    fused = parser.add_argument_group("fused models")
-    fused.add_argument(
-        "--quantize",
-        type=lambda text: text if text == "base" else int(text),
-        metavar="BITS",
-        help="bits per weight, or base for the base's own; default: full precision",
-    )
-    fused.add_argument("--group-size", type=int, metavar="N", help="weights that share a scale")
-    fused.add_argument(
-        "--floor", type=float, metavar="X", help="the least cosine of a change that is kept"
-    )
-    fused.add_argument(
-        "--force", action="store_true", default=None, help="write it below the floor too"
-    )
-    return parser
+    run, given = build([RunConfig, ExportConfig], values, "the flags")
+    options = {key: getattr(given, key) for key in _OF_A_FUSED_MODEL if key in values}
+    require_format(given.format, options)
+    if "quantize" in options and given.quantize != "base":
+        if not given.quantize.isdecimal():
+            raise ConfigError(
+                f"--quantize is {given.quantize!r}",
+                wanted="bits per weight, such as 8, or base for the base's own",
+                do="change --quantize, or leave it out for full precision",
+            )
+        options["quantize"] = int(given.quantize)
+    if run.output is None:
+        raise ConfigError(
+            "--output is not given", wanted="a folder, for gguf a file", do="give --output"
+        )
+    return run, given, options
 
 
 def _base_of(adapter: Path) -> str:
     """The base model that an adapter's config names."""
-    config: Any = {}
-    path = adapter / "adapter_config.json"
+    path = adapter / CONFIG
     try:
         config = json.loads(path.read_text())
         model = config.get("model") or config.get("base_model_name_or_path")
     except FileNotFoundError:
         raise AdapterError(
-            f"{adapter} has no adapter_config.json",
+            f"{adapter} has no {CONFIG}",
             wanted="the output folder of a run, or an adapter folder",
             do="check the path",
         ) from None
@@ -112,10 +106,9 @@ def _base_of(adapter: Path) -> str:
     return model
 
 
-def _require_apart(output: Path, *inputs: Path | str) -> None:
-    where = output.expanduser().resolve()
+def _require_apart(output: Path, *inputs: Path) -> None:
     for path in inputs:
-        if Path(path).exists() and where == Path(path).resolve():
+        if path.exists() and output.resolve() == path.resolve():
             raise ConfigError(
                 f"--output is {output}, which is read",
                 wanted="another folder, so that nothing is lost",

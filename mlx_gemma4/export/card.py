@@ -14,35 +14,15 @@ from typing import Any
 
 import yaml
 
+from ..lora.formats import ADAPTERS, format_of
+from ..lora.formats import gguf as gguf_format
+from ..lora.formats.format import CONFIG
+
 __all__ = ["kind_of", "model_card"]
 
-_LIBRARY = {"mlx-lm": "mlx", "mlx-vlm": "mlx", "peft": "peft", "fused": "transformers"}
 _PATHS = ("model", "data", "output", "resume")
 
-_USE = {
-    "mlx-lm": """\
-```python
-from huggingface_hub import snapshot_download
-from mlx_lm import generate, load
-
-model, tokenizer = load("{base}", adapter_path=snapshot_download("{repo}"))
-```""",
-    "mlx-vlm": """\
-```python
-from huggingface_hub import snapshot_download
-from mlx_vlm import generate, load
-
-model, processor = load("{base}", adapter_path=snapshot_download("{repo}"))
-```""",
-    "peft": """\
-```python
-from peft import PeftModel
-from transformers import {architecture}
-
-base = {architecture}.from_pretrained("{base}", dtype="auto")
-model = PeftModel.from_pretrained(base, "{repo}")
-```""",
-    "fused": """\
+_FUSED = """\
 ```python
 from mlx_lm import generate, load  # text
 
@@ -53,17 +33,9 @@ model, tokenizer = load("{repo}")
 from mlx_vlm import generate, load  # with images and audio
 
 model, processor = load("{repo}")
-```
-{transformers}""",
-    "gguf": """\
-```bash
-hf download {repo} {file} --local-dir .
-llama-cli -m BASE.gguf --lora {file} -p "..."
-```
-
-`BASE.gguf` is {base}, converted with llama.cpp's `convert_hf_to_gguf.py`.""",
-}
+```"""
 _TRANSFORMERS = """
+
 ```python
 from transformers import {architecture}
 
@@ -72,18 +44,15 @@ model = {architecture}.from_pretrained("{repo}", dtype="auto")
 
 
 def kind_of(output: Path) -> str | None:
-    """What an export is, by its files: mlx-lm, mlx-vlm, peft, fused or gguf; None if none of them.
+    """The format of an export by its files; None if it is none.
 
-    The GGUF format is a file; the others are folders.
+    The GGUF format is a file; the others are folders. PEFT's two have one name here.
     """
     if output.is_file():
         return "gguf" if output.suffix == ".gguf" else None
-    if (output / "adapter_model.safetensors").exists():
-        return "peft"
-    if (output / "adapters.safetensors").exists():
-        # mlx-vlm 0.4's config has rank and alpha by itself; later ones count no layers.
-        config = _json(output / "adapter_config.json")
-        return "mlx-vlm" if "rank" in config or config.get("num_layers") == -1 else "mlx-lm"
+    format = format_of(_json(output / CONFIG))
+    if (output / format.file).exists():
+        return format.name
     return "fused" if any(output.glob("model*.safetensors")) else None
 
 
@@ -103,7 +72,10 @@ def model_card(output: Path, repo_id: str, source: Path | None = None) -> str:
     hub = _is_hub_id(base)
     shown = base if hub else Path(base).name
     head: dict[str, Any] = {"base_model": base} if hub else {}
-    head |= {"library_name": _LIBRARY[kind]} if kind in _LIBRARY else {}
+    if kind in ADAPTERS:
+        head["library_name"] = ADAPTERS[kind].hub_library
+    elif kind == "fused":
+        head["library_name"] = "transformers"
     head["tags"] = ["gemma4", "mlx-gemma4", *(["lora"] if kind != "fused" else []), kind]
     what = "Fine-tuned model" if kind == "fused" else "Adapter"
     parts = [
@@ -122,18 +94,23 @@ def model_card(output: Path, repo_id: str, source: Path | None = None) -> str:
 
 def _use(kind: str, output: Path, base: str, repo: str) -> str:
     config = _json(output / "config.json") if output.is_dir() else {}
-    mapped = _json(output / "adapter_config.json").get("auto_mapping") if output.is_dir() else None
+    mapped = _json(output / CONFIG).get("auto_mapping") if output.is_dir() else None
     names = [*config.get("architectures", ()), (mapped or {}).get("base_model_class")]
     architecture = next(filter(None, names), "Gemma4ForConditionalGeneration")
     words = {"base": base, "repo": repo, "architecture": architecture, "file": output.name}
-    plain = "" if "quantization" in config else _TRANSFORMERS.format(**words)
-    return _USE[kind].format(transformers=plain, **words).rstrip()
+    if kind in ADAPTERS:
+        use = ADAPTERS[kind].use
+    elif kind == "gguf":
+        use = gguf_format.USE
+    else:
+        use = _FUSED + ("" if "quantization" in config else _TRANSFORMERS)
+    return use.format(**words)
 
 
 def _data(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     rows = {
         "source": Path(str(summary.get("data"))).name,
-        "learned tokens": settings.get("train_on"),
+        "target tokens": settings.get("train_on"),
         "longest example": settings.get("max_seq_length"),
         "steps": summary.get("steps"),
     }
@@ -143,8 +120,8 @@ def _data(summary: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
 def _losses(summary: Mapping[str, Any]) -> str:
     rows = {
         "training, last report": summary.get("train_loss"),
-        "held-out, before": summary.get("val_loss_before"),
-        "held-out, after": summary.get("val_loss"),
+        "validation, before": summary.get("val_loss_before"),
+        "validation, after": summary.get("val_loss"),
         "test": summary.get("test_loss"),
     }
     known = {key: f"{value:.4f}" for key, value in rows.items() if value is not None}
@@ -169,7 +146,7 @@ def _run_of(source: Path | None) -> Path | None:
 
 def _base_of(output: Path, source: Path | None) -> str | None:
     for folder in (source / "adapter" if source else None, source, output):
-        config = _json(folder / "adapter_config.json") if folder else {}
+        config = _json(folder / CONFIG) if folder else {}
         base = config.get("base_model_name_or_path") or config.get("model")
         if base:
             return str(base)

@@ -1,13 +1,14 @@
 """A fused model: the base checkpoint with the adapter merged into its weights.
 
-The base is read, merged and written a run of rows at a time, so memory is that of the adapter and
-of one run, whatever the model's size. Names, layout, towers, tied embeddings and the K/V tensors
-of sharing layers are those of the base, byte for byte where nothing changed. Merging is float32 on
-the CPU; the result is cast to the base's dtype, or quantized where that is asked for.
+The base is read, merged and written a few rows of a weight at a time, so memory is that of the
+adapter and of those rows, whatever the model's size. Names, layout, encoders, tied embeddings and
+the K/V tensors of sharing layers are those of the base, byte for byte where nothing changed.
+Merging is float32 on the CPU; the result is cast to the base's dtype, or quantized where that is
+asked for.
 
-Rounding to a grid can erase a small update. So every merged weight reports what survived: the
-cosine between the change that was trained and the one that was written, and the ratio of their
-norms.
+Rounding to a grid can erase a small update. So every merged weight reports how much of the trained
+change was kept: the cosine between that change and the one that was written, and the ratio of
+their norms.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,17 +25,17 @@ import mlx.core as mx
 
 from ..errors import AdapterError, ConfigError, listing
 from ..gemma import Gemma4
-from ..model.loader import resolve
-from ..model.names import inner_name, split_experts, text_model
+from ..lora.state import read_updates, skeleton
+from ..lora.update import Update, require_effect, updates_of
+from ..model.checkpoint import INDEX, read_index, read_metadata
+from ..model.download import resolve
+from ..model.names import inner_name, split_experts
 from ..model.plan import Plan, read_config
-from ..model.quantize import stored_quantization
-from ..model.weights import INDEX, read_index
-from .folder import whole_folder
-from .packing import Packing, StoredWeight, stored_weights
-from .shards import Job, Output, as_bytes, write_shards
-from .updates import Update, read_updates, require_change, skeleton, updates_of
+from ..model.quantize import Packing, quantizable, stored_quantization
+from ..storage import new_folder
+from .shards import Job, Output, StoredWeight, as_bytes, stored_weights, write_shards
 
-__all__ = ["Survival", "fuse_adapter", "write_fused"]
+__all__ = ["ChangeKept", "base_of", "fuse_adapter", "fuse_into", "trained_updates", "write_fused"]
 
 Quantize = Literal["base"] | int | None
 
@@ -44,8 +44,8 @@ _KEPT = (".json", ".jinja", ".model", ".txt")
 
 
 @dataclass(frozen=True)
-class Survival:
-    """What is left of a trained change in a fused weight: cosine 1 and norm 1 are all of it."""
+class ChangeKept:
+    """How much of a trained change is in a fused weight: cosine 1 and norm 1 are all of it."""
 
     name: str
     cosine: float
@@ -55,65 +55,51 @@ class Survival:
         return f"{self.name}: cosine {self.cosine:.4f}, norm {self.norm:.3f} of the trained change"
 
 
-def write_fused(
-    gemma: Gemma4,
-    folder: str | Path,
-    *,
-    quantize: Quantize = None,
-    group_size: int = 64,
-    floor: float = 0.5,
-    force: bool = False,
-    shard_bytes: int = 5 * 10**9,
-) -> list[Survival]:
+def write_fused(gemma: Gemma4, folder: str | Path, **options: Any) -> list[ChangeKept]:
     """Write a model with its adapter, or its trained weights, merged into the base.
 
     Args:
         gemma: the trained model; its base is read again from where it was loaded.
         folder: appears whole or stays as it was.
-        quantize: None for the base's dtype (a quantized base is dequantized), "base" for the
-            quantization that the base has, or bits per weight.
-        group_size: weights that share a scale, where bits are given.
-        floor: a quantized weight whose change survives with a smaller cosine is refused.
-        force: write it all the same.
-        shard_bytes: the most bytes of a file.
-
-    Returns:
-        What survived of every trained change, the worst first.
-
-    Raises:
-        AdapterError: nothing was trained, values are not finite, or quantization erases it.
-        ConfigError: a quantization that cannot be made.
-        ModelError: the base cannot be read.
+        options: as in `fuse_into`, which also says what is returned and raised.
     """
-    return _fuse(
-        resolve(gemma.name),
-        updates_of(gemma),
-        Path(folder),
-        quantize=quantize,
-        group_size=group_size,
-        floor=floor,
-        force=force,
-        shard_bytes=shard_bytes,
-    )
+    base = base_of(gemma, folder)
+    with new_folder(folder) as partial:
+        return fuse_into(base, trained_updates(gemma), partial, **options)
 
 
 def fuse_adapter(
     base: str | Path, adapter: str | Path, folder: str | Path, **options: Any
-) -> list[Survival]:
+) -> list[ChangeKept]:
     """`write_fused` from files: the model is never loaded.
 
     Args:
         base: a checkpoint folder or Hub id of the same family member; it may have another
             precision than the one that was trained on.
-        adapter: an adapter folder in our layout.
-        options: as in `write_fused`.
+        adapter: an adapter folder of any format that `load` takes.
+        options: as in `fuse_into`.
     """
     found = resolve(base)
-    plan = Plan.from_config(read_config(found))
-    return _fuse(found, read_updates(adapter, plan), Path(folder), **options)
+    _require_apart(found, folder)
+    updates = read_updates(adapter, Plan.from_config(read_config(found)))
+    with new_folder(folder) as partial:
+        return fuse_into(found, updates, partial, **options)
 
 
-def _fuse(
+def base_of(gemma: Gemma4, folder: str | Path) -> Path:
+    """The checkpoint that a model was loaded from; an error if `folder` would replace it."""
+    base = resolve(gemma.name)
+    _require_apart(base, folder)
+    return base
+
+
+def trained_updates(gemma: Gemma4) -> dict[str, Update]:
+    """What was trained of a model; an error if that is nothing."""
+    require_effect(gemma.backbone, "the model")
+    return updates_of(gemma.backbone, gemma.plan)
+
+
+def fuse_into(
     base: Path,
     updates: Mapping[str, Update],
     folder: Path,
@@ -123,28 +109,51 @@ def _fuse(
     floor: float = 0.5,
     force: bool = False,
     shard_bytes: int = 5 * 10**9,
-) -> list[Survival]:
-    if folder.expanduser().resolve() == base.resolve():
+) -> list[ChangeKept]:
+    """Write a checkpoint with updates merged into its weights, into an empty folder.
+
+    Args:
+        base: the checkpoint's folder.
+        updates: by inner name.
+        quantize: None for the base's dtype (a quantized base is dequantized), "base" for the
+            quantization that the base has, or bits per weight.
+        group_size: weights that share a scale, where bits are given.
+        floor: a quantized weight whose change is kept with a smaller cosine is refused.
+        force: write it all the same.
+        shard_bytes: the most bytes of a file.
+
+    Returns:
+        How much of every trained change was kept, the least first.
+
+    Raises:
+        AdapterError: nothing was trained, values are not finite, or quantization erases it.
+        ConfigError: a quantization that cannot be made.
+        ModelError: the base cannot be read.
+    """
+    fusion = _Fusion(base, updates, quantize, group_size)
+    jobs = fusion.jobs()
+    metadata = read_metadata(sorted(base.glob("model*.safetensors"))[0]) or {"format": "pt"}
+    with mx.stream(mx.cpu):
+        write_shards(folder, jobs, metadata, shard_bytes)
+    kept = fusion.changes_kept()
+    if quantize is not None and not force and kept[0].cosine < floor:
+        raise AdapterError(
+            f"quantizing erases what was trained; the worst is {kept[0]}",
+            wanted=f"a cosine of {floor} or more; nothing was written",
+            do="fuse in full precision, use more bits, or force it",
+        )
+    for path in sorted(base.iterdir()):
+        if path.suffix in _KEPT and path.name != INDEX:
+            shutil.copyfile(path, folder / path.name)
+    (folder / "config.json").write_text(json.dumps(fusion.config(), indent=2) + "\n")
+    return kept
+
+
+def _require_apart(base: Path, folder: str | Path) -> None:
+    if Path(folder).expanduser().resolve() == base.resolve():
         raise ConfigError(
             f"{folder} is the base model", wanted="another folder", do="name another output folder"
         )
-    require_change(updates)
-    fusion = _Fusion(base, updates, quantize, group_size)
-    jobs = fusion.jobs()
-    with whole_folder(folder) as partial, mx.stream(mx.cpu):
-        write_shards(partial, jobs, _metadata(base), shard_bytes)
-        survivals = fusion.survivals()
-        if quantize is not None and not force and survivals[0].cosine < floor:
-            raise AdapterError(
-                f"quantizing erases what was trained; the worst is {survivals[0]}",
-                wanted=f"a cosine of {floor} or more; nothing was written",
-                do="fuse in full precision, use more bits, or force it",
-            )
-        for path in sorted(base.iterdir()):
-            if path.suffix in _KEPT and path.name != INDEX:
-                shutil.copyfile(path, partial / path.name)
-        (partial / "config.json").write_text(json.dumps(fusion.config(), indent=2) + "\n")
-    return survivals
 
 
 class _Fusion:
@@ -165,12 +174,7 @@ class _Fusion:
                 wanted="bits, to quantize it as it is fused",
                 do="give 4 or 8 instead of base, or leave quantization out",
             )
-        modules = text_model(skeleton(self._plan)).named_modules()
-        self._linear = {
-            f"{path}.weight": module.weight.shape[-1]
-            for path, module in modules
-            if hasattr(module, "to_quantized") and not path.endswith("router.proj")
-        }
+        self._quantizable = quantizable(skeleton(self._plan))
         self._trackers: list[_Tracker] = []
 
     def config(self) -> dict[str, Any]:
@@ -189,7 +193,8 @@ class _Fusion:
         """
         stored = read_index(self._base)
         inner = {key: inner_name(key, self._plan) for key in stored}
-        columns = {k: self._linear[name] for k, name in inner.items() if name in self._linear}
+        known = self._quantizable
+        columns = {key: known[name] for key, name in inner.items() if name in known}
         jobs: list[Job] = []
         problems = dict.fromkeys(self._updates, "has no place in the base")
         for weight in stored_weights(stored, self._config, columns):
@@ -218,7 +223,8 @@ class _Fusion:
     def _packing(self, weight: StoredWeight, parts: Sequence[str]) -> Packing | None:
         if self._keep_packing:
             return weight.packing
-        fits = self._new and all(self._linear.get(p, 1) % self._new.group_size == 0 for p in parts)
+        columns = [self._quantizable.get(part) for part in parts]
+        fits = self._new and all(c and c % self._new.group_size == 0 for c in columns)
         return self._new if parts and fits else None
 
     def _merge(
@@ -269,8 +275,8 @@ class _Fusion:
 
         return Job(outputs, pieces)
 
-    def survivals(self) -> list[Survival]:
-        """What survived of every change, the worst first; once the jobs are done.
+    def changes_kept(self) -> list[ChangeKept]:
+        """How much of every change was kept, the least first; once the jobs are done.
 
         Raises:
             AdapterError: no change at all, or values that are not finite.
@@ -282,18 +288,18 @@ class _Fusion:
                 wanted="values within the range of the base's dtype; nothing was written",
                 do="train again with a lower learning rate, or fuse into a bfloat16 base",
             )
-        found = [tracker.survival() for tracker in self._trackers if tracker.wanted]
+        found = [tracker.result() for tracker in self._trackers if tracker.wanted]
         if not found:
             raise AdapterError(
                 "the trained weights are those of the base",
                 wanted="a change to fuse",
                 do="train first",
             )
-        return sorted(found, key=lambda survival: survival.cosine)
+        return sorted(found, key=lambda kept: kept.cosine)
 
 
 class _Tracker:
-    """Sums over a weight's pieces: products of the wanted change and the one that is seen."""
+    """Sums over a weight's pieces: products of the wanted change and the one that was kept."""
 
     def __init__(self, name: str):
         self.name = name.removesuffix(".weight")
@@ -305,9 +311,9 @@ class _Tracker:
         self.wanted += float((change * change).sum())
         self.seen += float((kept * kept).sum())
 
-    def survival(self) -> Survival:
+    def result(self) -> ChangeKept:
         cosine = self.both / math.sqrt(self.wanted * self.seen) if self.seen else 0.0
-        return Survival(self.name, cosine, math.sqrt(self.seen / self.wanted))
+        return ChangeKept(self.name, cosine, math.sqrt(self.seen / self.wanted))
 
 
 def _store(values: mx.array, packing: Packing | None) -> tuple[list[mx.array], mx.array]:
@@ -319,11 +325,3 @@ def _store(values: mx.array, packing: Packing | None) -> tuple[list[mx.array], m
 
 def _part_shape(shape: tuple[int, ...], parts: int) -> tuple[int, ...]:
     return (shape[0], shape[1] // parts, *shape[2:]) if parts > 1 else shape
-
-
-def _metadata(base: Path) -> dict[str, str]:
-    """The safetensors metadata of a checkpoint; libraries tell layouts by its `format`."""
-    path = sorted(base.glob("model*.safetensors"))[0]
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        return json.loads(file.read(length)).get("__metadata__") or {"format": "pt"}

@@ -1,7 +1,7 @@
-"""Checkpoint files written a piece at a time: no tensor is ever whole in memory.
+"""Checkpoint files read and written a piece at a time: no tensor is ever whole in memory.
 
-Sizes are known before values, so each file's header is written first, then its tensors' bytes
-as they come.
+Reading: a weight as it is meant, whether it is stored plain or MLX-quantized. Writing: sizes are
+known before values, so each file's header is written first, then its tensors' bytes as they come.
 """
 
 from __future__ import annotations
@@ -12,13 +12,15 @@ import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from ..model.weights import DTYPES, INDEX, StoredTensor
+from ..model.checkpoint import DTYPES, INDEX, StoredTensor
+from ..model.quantize import Packing, stored_packing, stored_quantization
 
-__all__ = ["Job", "Output", "as_bytes", "copy_job", "read_rows", "write_shards"]
+__all__ = ["Job", "Output", "StoredWeight", "as_bytes", "stored_weights", "write_shards"]
 
 _COPY_BYTES = 1 << 24
 
@@ -50,7 +52,75 @@ class Job:
         return sum(output.nbytes for output in self.outputs)
 
 
-def read_rows(tensor: StoredTensor, start: int, stop: int) -> mx.array:
+# ---------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """One weight, or any other tensor, of a checkpoint.
+
+    Attributes:
+        key: its name in the checkpoint.
+        tensors: what it is stored as, by last names; `weight` alone where it is plain.
+        packing: how it is quantized; None where it is plain.
+        shape, dtype: of the values, not of what is stored.
+    """
+
+    key: str
+    tensors: Mapping[str, StoredTensor]
+    packing: Packing | None
+    shape: tuple[int, ...]
+    dtype: str
+
+    def rows(self, start: int, stop: int) -> mx.array:
+        """The entries start to stop of the first axis, in `dtype`."""
+        parts = {name: _read_rows(tensor, start, stop) for name, tensor in self.tensors.items()}
+        if self.packing is None:
+            return parts["weight"]
+        values = self.packing.unpack(parts["weight"], parts["scales"], parts.get("biases"))
+        return values.astype(DTYPES[self.dtype][1])
+
+    def copies(self) -> list[Job]:
+        """The stored tensors as they are."""
+        base = self.key.removesuffix(".weight")
+        return [
+            _copy(self.key if name == "weight" else f"{base}.{name}", tensor)
+            for name, tensor in self.tensors.items()
+        ]
+
+
+def stored_weights(
+    stored: Mapping[str, StoredTensor],
+    config: Mapping[str, Any],
+    columns: Mapping[str, int],
+) -> list[StoredWeight]:
+    """The weights of a checkpoint, in its order.
+
+    Args:
+        stored: every tensor of it.
+        columns: what the architecture says of a weight's last axis, by key, where it is known.
+
+    Raises:
+        ModelError: a quantized weight whose bits and group size cannot be told.
+    """
+    quantization = stored_quantization(config)
+    found = []
+    for key, tensor in stored.items():
+        base, _, last = key.rpartition(".")
+        if f"{base}.scales" not in stored or quantization is None:
+            found.append(StoredWeight(key, {"weight": tensor}, None, tensor.shape, tensor.dtype))
+        elif last == "weight":
+            names = [name for name in ("weight", "scales", "biases") if f"{base}.{name}" in stored]
+            tensors = {name: stored[f"{base}.{name}"] for name in names}
+            shapes = tensor.shape, tensors["scales"].shape
+            packing = stored_packing(key, *shapes, quantization, columns.get(key))
+            shape = (*tensor.shape[:-1], tensors["scales"].shape[-1] * packing.group_size)
+            dtype = tensors["scales"].dtype if packing.mode == "affine" else "BF16"
+            found.append(StoredWeight(key, tensors, packing, shape, dtype))
+    return found
+
+
+def _read_rows(tensor: StoredTensor, start: int, stop: int) -> mx.array:
     """The entries start to stop of a stored tensor's first axis; only their bytes are read."""
     kind, dtype = DTYPES[tensor.dtype]
     step = tensor.nbytes // tensor.shape[0]
@@ -61,14 +131,7 @@ def read_rows(tensor: StoredTensor, start: int, stop: int) -> mx.array:
     return array if array.dtype == dtype else array.view(dtype)
 
 
-def as_bytes(array: mx.array) -> bytes:
-    """An array's values as safetensors stores them."""
-    if array.dtype == mx.bfloat16:
-        array = array.view(mx.uint16)
-    return np.array(array, copy=False).tobytes()
-
-
-def copy_job(name: str, tensor: StoredTensor) -> Job:
+def _copy(name: str, tensor: StoredTensor) -> Job:
     """A stored tensor byte by byte, of any dtype."""
 
     def pieces() -> Iterator[Sequence[bytes]]:
@@ -78,6 +141,16 @@ def copy_job(name: str, tensor: StoredTensor) -> Job:
                 yield (file.read(min(_COPY_BYTES, tensor.nbytes - start)),)
 
     return Job((Output(name, tensor.dtype, tensor.shape, tensor.nbytes),), pieces)
+
+
+# ---------------------------------------------------------------- writing
+
+
+def as_bytes(array: mx.array) -> bytes:
+    """An array's values as safetensors stores them."""
+    if array.dtype == mx.bfloat16:
+        array = array.view(mx.uint16)
+    return np.array(array, copy=False).tobytes()
 
 
 def write_shards(

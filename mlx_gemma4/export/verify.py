@@ -1,4 +1,4 @@
-"""Proof of an export: read it back by the format's rules, then load it where it is for.
+"""Proof of an export: read it back by the format's rules, then load it in its library.
 
 The rules: exactly the tensors that were meant, with their values, and our own reader makes the
 trained update of them. The library: the base alone and with the export must give what ours give,
@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,14 @@ import numpy as np
 
 from ..errors import ExportError, Gemma4Error, ModelError, listing
 from ..gemma import Gemma4, load
-from ..model.loader import resolve
+from ..lora.attach import without_lora
+from ..lora.state import read_updates
+from ..lora.update import LowRank, Update, Whole, updates_of
+from ..model.checkpoint import load_file, mismatches, shapes_of
+from ..model.download import resolve
 from ..model.names import is_frozen_buffer
-from ..model.weights import load_file, mismatches, shapes_of
-from ..nn.lora import without_lora
-from .receivers import Receiver, missing_packages
-from .updates import LowRank, Update, Whole, read_updates, updates_of
 
-__all__ = ["Verdict", "check_adapter", "check_logits", "logits_of", "probes"]
+__all__ = ["Proof", "check_adapter", "check_logits"]
 
 PROMPTS = (
     "What is a list? A list holds values, one after another.",
@@ -39,7 +40,7 @@ _MOST_TOKENS = 48
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Proof:
     """What was seen of an export.
 
     Attributes:
@@ -66,21 +67,6 @@ class Verdict:
             f"{counted}, loaded by {self.by}, largest logit difference {self.difference:.1e}, "
             f"moved by {self.moved_by:.3g}"
         )
-
-
-def probes(gemma: Gemma4) -> list[list[int]]:
-    """Token ids of the probe prompts; a tokenizer may know more of them than the model."""
-    known = [
-        [token for token in gemma.tokenizer.encode(prompt) if token < gemma.plan.vocab_size]
-        for prompt in PROMPTS
-    ]
-    return [tokens[:_MOST_TOKENS] for tokens in known if tokens]
-
-
-def logits_of(gemma: Gemma4, prompts: list[list[int]]) -> list[np.ndarray]:
-    """Ours, (T, V) for each prompt, through the training forward."""
-    gemma.backbone.eval()
-    return [np.array(gemma.logits(mx.array([tokens]))[0]) for tokens in prompts]
 
 
 def check_adapter(
@@ -113,7 +99,9 @@ def check_adapter(
     ]
     if problems:
         raise _not_as_meant(f"{folder / file}", problems)
-    meant = {n: u for n, u in updates_of(gemma).items() if not is_frozen_buffer(n)}
+    meant = {
+        n: u for n, u in updates_of(gemma.backbone, gemma.plan).items() if not is_frozen_buffer(n)
+    }
     problems = _other_updates(read_updates(folder, gemma.plan), meant)
     if problems:
         raise _not_as_meant(f"what {folder} does", problems)
@@ -161,22 +149,22 @@ def _same_product(one: LowRank, other: LowRank) -> bool:
 def check_logits(
     gemma: Gemma4,
     format: str,
-    receiver: Receiver,
+    library: Any,
     export: Path,
     count: int,
     *,
-    is_adapter: bool = True,
     held: Mapping[str, mx.array] | None = None,
     rounded: bool = False,
-) -> Verdict:
+) -> Proof:
     """Load an export in the library that it is for, and compare.
 
     Args:
         gemma: the trained model.
+        library: as in `lora.formats.Library`; for a whole model `load` and `logits` are enough.
         export: the folder to load.
         count: how many tensors it has.
-        is_adapter: load it onto the base; else it is a model by itself.
-        held: the tensors that the library must hold after loading, by name.
+        held: of an adapter the tensors that the library must hold after loading it onto the base,
+            by name; None for an export that is a model by itself.
         rounded: the export's weights are the trained ones to fewer digits, so its logits may
             differ by half of what it moves.
 
@@ -184,18 +172,23 @@ def check_logits(
         ExportError: the library does not hold the tensors, computes other logits, or those of the
             base.
     """
-    if missing := missing_packages(receiver):
-        return Verdict(format, count, why_not=f"{' and '.join(missing)} not installed")
-    by = f"{receiver.packages[-1].replace('_', '-')} {_version(receiver)}"
-    if is_adapter and (unfit := receiver.unfit()):
-        return Verdict(format, count, why_not=f"{by} is installed, and {unfit}")
-    prompts = probes(gemma)
-    ours, base = logits_of(gemma, prompts), _base_logits(gemma, prompts)
-    loaded = _attempt(receiver.load, resolve(gemma.name))
+    missing = [name for name in library.packages if not find_spec(name)]
+    if missing:
+        return Proof(format, count, why_not=f"{' and '.join(missing)} not installed")
+    package = library.packages[-1]
+    by = f"{package.replace('_', '-')} {importlib.metadata.version(package)}"
+    if held is not None and (unfit := library.unfit()):
+        return Proof(format, count, why_not=f"{by} is installed, and {unfit}")
+    prompts = _prompts(gemma)
+    ours, base = _logits_of(gemma, prompts), _base_logits(gemma, prompts)
+    loaded = _attempt(library.load, resolve(gemma.name))
     if isinstance(loaded, str):
-        return Verdict(format, count, why_not=f"{by} does not load the base: {loaded}")
-    their_base = [receiver.logits(loaded, tokens) for tokens in prompts]
-    loaded = _attempt(*((receiver.attach, loaded) if is_adapter else (receiver.load,)), export)
+        return Proof(format, count, why_not=f"{by} does not load the base: {loaded}")
+    their_base = [library.logits(loaded, tokens) for tokens in prompts]
+    if held is None:
+        loaded = _attempt(library.load, export)
+    else:
+        loaded = _attempt(library.attach, loaded, export)
     if isinstance(loaded, str):
         raise ExportError(
             f"{by} does not load {export}: {loaded}",
@@ -203,27 +196,27 @@ def check_logits(
             do="report this; the export was not kept",
         )
     if held is not None:
-        _require_held(receiver.holds(loaded), held, by)
-    theirs = [receiver.logits(loaded, tokens) for tokens in prompts]
-    verdict = Verdict(format, count, by, _gap(theirs, ours), _gap(theirs, their_base))
-    _judge(verdict, _gap(their_base, base), rounded)
-    return verdict
+        _require_held(library.holds(loaded), held, by)
+    theirs = [library.logits(loaded, tokens) for tokens in prompts]
+    proof = Proof(format, count, by, _gap(theirs, ours), _gap(theirs, their_base))
+    _judge(proof, _gap(their_base, base), rounded)
+    return proof
 
 
-def _judge(verdict: Verdict, base_gap: float, rounded: bool) -> None:
+def _judge(proof: Proof, base_gap: float, rounded: bool) -> None:
     """A base that differs by itself, as one of low precision does, lets the export differ more."""
-    if not verdict.moved_by:
+    if not proof.moved_by:
         raise ExportError(
-            f"in {verdict.by} the export changes no logit",
+            f"in {proof.by} the export changes no logit",
             wanted="the trained model",
             do="train it first, or report this",
         )
-    allowed = max(EXACT, 3 * base_gap, verdict.moved_by / 2 if rounded else 0)
-    lost = base_gap > max(EXACT, verdict.moved_by)
-    if lost or not verdict.difference <= allowed:
+    allowed = max(EXACT, 3 * base_gap, proof.moved_by / 2 if rounded else 0)
+    lost = base_gap > max(EXACT, proof.moved_by)
+    if lost or not proof.difference <= allowed:
         raise ExportError(
-            f"in {verdict.by} logits differ from the trained model's by {verdict.difference:.2e}, "
-            f"and the base's by {base_gap:.2e}; the export moves them by {verdict.moved_by:.2e}",
+            f"in {proof.by} logits differ from the trained model's by {proof.difference:.2e}, "
+            f"and the base's by {base_gap:.2e}; the export moves them by {proof.moved_by:.2e}",
             wanted=f"at most {allowed:.2e}, and a base that differs less than the export moves it",
             do="report this; --no-verify exports all the same",
         )
@@ -246,11 +239,26 @@ def _require_held(found: Mapping[str, mx.array], wanted: Mapping[str, mx.array],
         raise _not_as_meant(f"the adapter in {by}", problems)
 
 
+def _prompts(gemma: Gemma4) -> list[list[int]]:
+    """Token ids of the prompts; a tokenizer may know more of them than the model."""
+    known = [
+        [token for token in gemma.tokenizer.encode(prompt) if token < gemma.plan.vocab_size]
+        for prompt in PROMPTS
+    ]
+    return [tokens[:_MOST_TOKENS] for tokens in known if tokens]
+
+
+def _logits_of(gemma: Gemma4, prompts: list[list[int]]) -> list[np.ndarray]:
+    """Ours, (T, V) for each prompt, through the training forward."""
+    gemma.backbone.eval()
+    return [np.array(gemma.logits(mx.array([tokens]))[0]) for tokens in prompts]
+
+
 def _base_logits(gemma: Gemma4, prompts: list[list[int]]) -> list[np.ndarray]:
     if gemma.lora is None:
-        return logits_of(load(gemma.name), prompts)
+        return _logits_of(load(gemma.name), prompts)
     with without_lora(gemma.backbone):
-        return logits_of(gemma, prompts)
+        return _logits_of(gemma, prompts)
 
 
 def _attempt(action: Callable[..., Any], *arguments: Any) -> Any:
@@ -267,7 +275,3 @@ def _attempt(action: Callable[..., Any], *arguments: Any) -> Any:
 def _gap(one: list[np.ndarray], other: list[np.ndarray]) -> float:
     gaps = [np.abs(a - b).max() for a, b in zip(one, other)]
     return float(max(gaps)) if np.isfinite(gaps).all() else float("inf")
-
-
-def _version(receiver: Receiver) -> str:
-    return importlib.metadata.version(receiver.packages[-1])

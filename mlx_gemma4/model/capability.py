@@ -8,7 +8,6 @@ at structure, never at a version number, and a sign that cannot be read counts a
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,24 +62,10 @@ def _has_sources(text: Any, count: int) -> tuple[bool, str]:
 
 
 def _takes_shared_kv(what: str, module: Any) -> tuple[bool, str]:
-    call = module if inspect.isfunction(module) else type(module).__call__
     try:
-        names = _parameters(call)
+        names = inspect.signature(type(module).__call__).parameters
     except (TypeError, ValueError):
         return False, f"the signature of {what} cannot be read"
     if "shared_kv" in names:
         return True, f"{what} takes shared_kv"
     return False, f"{what} does not take shared_kv"
-
-
-def _parameters(call: Callable[..., Any]) -> set[str]:
-    """Parameter names of a callable, and of the functions that a bare wrapper closes over.
-
-    Gradient checkpointing in mlx-lm and mlx-vlm replaces a layer class's `__call__` with a
-    closure over the original, whose own signature says nothing.
-    """
-    names = set(inspect.signature(call).parameters)
-    for cell in getattr(call, "__closure__", None) or ():
-        if inspect.isfunction(cell.cell_contents):
-            names |= set(inspect.signature(cell.cell_contents).parameters)
-    return names

@@ -6,13 +6,14 @@ queries by an offset that the source has already advanced. The shim gives each f
 without a cache a fresh store per source: it holds the keys and values of the pass, and its offset
 stays at the start of the sequence.
 
-The store works by side effect. Inside a rematerialised layer such a store loses gradient without
-a change of loss, so the shim refuses it; nn/forward.py rematerialises with K/V as values.
+The store works by side effect. A layer under gradient checkpointing runs again in the backward
+pass, and what it takes from a store has no gradient then: the loss is right and gradients are not.
+So a store is closed when its forward pass is over, and a layer that comes back to it is an error.
+nn/forward.py, which trains, calls no layer of upstream's and hands K/V on as values.
 """
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import mlx.core as mx
@@ -30,11 +31,34 @@ class TrainingKVStore:
     offset = 0
 
     def __init__(self) -> None:
-        self.state: tuple[mx.array, mx.array] | None = None
+        self._state: tuple[mx.array, mx.array] | None = None
+        self._closed = False
+
+    @property
+    def state(self) -> tuple[mx.array, mx.array] | None:
+        """Keys and values; None before the source layer has run."""
+        self._require_open()
+        return self._state
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        self.state = keys, values
+        """Keep the keys and values of this pass, and give them back."""
+        self._require_open()
+        self._state = keys, values
         return keys, values
+
+    def close(self) -> None:
+        """End the forward pass: nothing is kept, and nothing can be asked for any more."""
+        self._state, self._closed = None, True
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise CapabilityError(
+                "a layer of this legacy backbone runs again after its forward pass "
+                "(gradient checkpointing)",
+                wanted="layers that run once: the KV store would lose gradient silently",
+                do="turn gradient checkpointing off in mlx-lm or mlx-vlm; that of "
+                "mlx_gemma4.loss_and_grads and finetune keeps every gradient",
+            )
 
 
 class _WithKVStore:
@@ -46,20 +70,16 @@ class _WithKVStore:
         inputs_embeds: Any = None,
         mask: Any = None,
         cache: Any = None,
-        per_layer_inputs: Any = None,
+        *args: Any,
         **kwargs: Any,
     ) -> Any:
+        own = []
         if cache is None:
-            _refuse_rematerialisation(self)
-            cache = [TrainingKVStore() for _ in range(self.first_kv_shared_layer_idx)]  # type: ignore[attr-defined]
-        return super().__call__(  # type: ignore[misc]
-            inputs,
-            inputs_embeds=inputs_embeds,
-            mask=mask,
-            cache=cache,
-            per_layer_inputs=per_layer_inputs,
-            **kwargs,
-        )
+            cache = own = [TrainingKVStore() for _ in range(self.first_kv_shared_layer_idx)]  # type: ignore[attr-defined]
+        output = super().__call__(inputs, inputs_embeds, mask, cache, *args, **kwargs)  # type: ignore[misc]
+        for store in own:
+            store.close()
+        return output
 
 
 def apply_kv_store(backbone: Any) -> None:
@@ -68,8 +88,7 @@ def apply_kv_store(backbone: Any) -> None:
     Applying it again changes nothing.
 
     Raises:
-        CapabilityError: the text model is not the legacy kind that the shim is for, or its
-            layers are rematerialised.
+        CapabilityError: the text model is not the legacy kind that the shim is for.
     """
     text = text_model(backbone)
     if has_kv_store(backbone):
@@ -79,10 +98,10 @@ def apply_kv_store(backbone: Any) -> None:
         raise CapabilityError(
             f"{type(text).__name__} does not map its layers to caches, as legacy backbones do; "
             f"the gate says {inspect_backbone(backbone)}",
-            wanted="a legacy backbone; a native one needs no shim",
-            do="leave the shim off, or pip install -U mlx-lm mlx-vlm",
+            wanted="a legacy backbone, or a native one whose layers nothing hides",
+            do="pip install -U mlx-lm mlx-vlm; where mlx-lm's or mlx-vlm's gradient checkpointing "
+            "was on in this process (it changes their classes), start a new one",
         )
-    _refuse_rematerialisation(text)
     upstream = type(text)
     text.__class__ = type(upstream.__name__ + "WithKVStore", (_WithKVStore, upstream), {})
 
@@ -97,26 +116,3 @@ def remove_kv_store(backbone: Any) -> None:
 def has_kv_store(backbone: Any) -> bool:
     """Whether the shim is on this backbone."""
     return isinstance(text_model(backbone), _WithKVStore)
-
-
-_CHECKPOINTED = type(mx.checkpoint(lambda: None))
-
-
-def _refuse_rematerialisation(text: Any) -> None:
-    parts = [part for layer in text.layers for part in (layer, getattr(layer, "self_attn", None))]
-    if any(_is_rematerialised(part) for part in parts):
-        raise CapabilityError(
-            "a layer of this legacy backbone is rematerialised (gradient checkpointing)",
-            wanted="layers that run once: the KV store would lose gradient silently",
-            do="use loss_and_grads(..., rematerialize=True), whose forward keeps K/V as values",
-        )
-
-
-def _is_rematerialised(part: Any) -> bool:
-    """Whether calling a layer or its attention goes through mx.checkpoint."""
-    call = part if inspect.isfunction(part) else getattr(type(part), "__call__", None)  # noqa: B004
-    code = getattr(call, "__code__", None)
-    closed_over = [cell.cell_contents for cell in getattr(call, "__closure__", None) or ()]
-    return (code is not None and "checkpoint" in code.co_names) or any(
-        isinstance(value, _CHECKPOINTED) for value in closed_over
-    )

@@ -15,28 +15,27 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..errors import CapabilityError, ModelError, listing
+from ..errors import ModelError, listing
 from .capability import Verdict, inspect_backbone
+from .checkpoint import StoredTensor, load_tensors, mismatches, read_index, shapes_of
+from .encoders import build_with_encoders, encoder_weights
 from .kv_store import apply_kv_store
 from .names import (
     DEAD_KV,
     PLE_TABLE,
+    encoder_of,
     flat,
     inner_name,
     is_dead,
     split_experts,
     text_model,
     text_prefix,
-    tower_of,
 )
 from .plan import FULL, SLIDING, Plan, read_config
 from .ple import DiskEmbedding, PerLayerRows
 from .quantize import quantize_as_stored, stored_quantization
-from .weights import StoredTensor, load_tensors, mismatches, read_index, shapes_of
 
-__all__ = ["LoadedBackbone", "build_backbone", "load_backbone", "resolve"]
-
-_DOWNLOAD = ["*.json", "*.safetensors", "*.jinja", "*.model"]
+__all__ = ["LoadedBackbone", "build_backbone", "load_backbone"]
 
 
 @dataclass
@@ -44,11 +43,11 @@ class LoadedBackbone:
     """What `load_backbone` found and made.
 
     Attributes:
-        backbone: mlx-lm's model, or mlx-vlm's where towers were asked for; frozen, evaluated.
+        backbone: mlx-lm's model, or mlx-vlm's where encoders were asked for; frozen, evaluated.
         ple_rows: reads per-layer embeddings from disk; None for a family member without them.
         verdict: the capability gate's.
         dropped: stored K/V tensors of shared layers, which no Gemma 4 uses.
-        left_out: stored tower tensors that a text run does not load.
+        left_out: stored encoder tensors that a text run does not load.
     """
 
     backbone: nn.Module
@@ -60,41 +59,12 @@ class LoadedBackbone:
     left_out: int
 
 
-def resolve(path_or_hub_id: str | Path, *, weights: bool = True) -> Path:
-    """The local folder of a model, downloaded from the Hugging Face Hub if it is not a folder.
-
-    Args:
-        path_or_hub_id: a folder, or a Hugging Face id.
-        weights: download the tensors too; without them there are config, tokenizer and template.
-
-    Raises:
-        ModelError: neither a folder nor a model that the Hub gives.
-    """
-    folder = Path(path_or_hub_id).expanduser()
-    if folder.is_dir():
-        return folder
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-    from huggingface_hub.utils import HfHubHTTPError
-
-    try:
-        patterns = [p for p in _DOWNLOAD if weights or p != "*.safetensors"]
-        return Path(snapshot_download(str(path_or_hub_id), allow_patterns=patterns))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(
-            f"{path_or_hub_id} is no folder, and the Hub did not give it: {reason}",
-            wanted="a model folder or a Hugging Face id, such as google/gemma-4-E2B-it",
-            do="check the spelling, the network, and `hf auth login` for gated models",
-        ) from None
-
-
-def load_backbone(folder: Path, *, towers: bool = False) -> LoadedBackbone:
+def load_backbone(folder: Path, *, encoders: bool = False) -> LoadedBackbone:
     """Build and strictly load the backbone of a checkpoint folder.
 
     Args:
         folder: config.json and safetensors files, single or sharded, plain or MLX-quantized.
-        towers: build image and audio towers too, through mlx-vlm. Text runs never import it.
+        encoders: build vision and audio encoders too, through mlx-vlm. Text runs never import it.
 
     Raises:
         ModelError: with every missing, unexpected and misshapen tensor listed at once.
@@ -102,16 +72,16 @@ def load_backbone(folder: Path, *, towers: bool = False) -> LoadedBackbone:
     config = read_config(folder)
     plan = Plan.from_config(config)
     stored = read_index(folder)
-    if towers and not plan.is_multimodal:
+    if encoders and not plan.is_multimodal:
         raise ModelError(
             f"{folder} is text only ({plan.model_type})",
-            wanted="a checkpoint with image or audio towers",
-            do="load it without towers",
+            wanted="a checkpoint with a vision or audio encoder",
+            do="load it without encoders",
         )
-    backbone = build_backbone(plan, config if towers else None)
-    placement = _Placement(backbone, plan, stored, towers)
+    backbone = build_backbone(plan, config if encoders else None)
+    placement = _Placement(backbone, plan, stored, encoders)
     ple_rows = _take_ple_table(backbone, plan, placement.ple, config)
-    weights = _tower_weights(backbone, placement)
+    weights = placement.encoder_weights(backbone)
     shapes = {**placement.text_shapes(), **shapes_of(weights)}
     if quantization := stored_quantization(config):
         quantize_as_stored(backbone, quantization, shapes)
@@ -133,11 +103,11 @@ def build_backbone(plan: Plan, config: Mapping[str, Any] | None = None) -> nn.Mo
     """Upstream's modules for a plan, without K/V projections and norms on shared layers.
 
     Args:
-        config: config.json, to build towers as well (mlx-vlm); None for text alone (mlx-lm).
+        config: config.json, to build encoders as well (mlx-vlm); None for text alone (mlx-lm).
     """
     text_args = _text_args(plan)
     if config is not None:
-        backbone = _build_with_towers(plan, text_args, config)
+        backbone = build_with_encoders(plan, text_args, config)
     else:
         from mlx_lm.models import gemma4, gemma4_text
 
@@ -196,52 +166,15 @@ def _text_args(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _build_with_towers(plan: Plan, text_args: dict[str, Any], config: Mapping[str, Any]) -> Any:
-    import importlib
-
-    try:
-        module = importlib.import_module(f"mlx_vlm.models.{plan.model_type}")
-    except ImportError:
-        raise CapabilityError(
-            f"the installed mlx-vlm has no {plan.model_type}",
-            wanted="an mlx-vlm that builds this family member",
-            do="pip install -U mlx-vlm, or load without towers",
-        ) from None
-    parts: dict[str, Any] = {"text_config": module.TextConfig.from_dict(text_args)}
-    for name, kind in (("vision_config", "VisionConfig"), ("audio_config", "AudioConfig")):
-        values = config.get(name)
-        parts[name] = getattr(module, kind).from_dict(_tower_args(values)) if values else None
-    rest = {k: v for k, v in config.items() if k not in parts}
-    model_config = module.ModelConfig.from_dict({**rest, "vocab_size": plan.vocab_size})
-    for name, value in parts.items():
-        setattr(model_config, name, value)
-    backbone = module.Model(model_config)
-    for part in backbone.modules():
-        # mlx-vlm's audio position embedding never initialises its base class.
-        if not hasattr(part, "_no_grad"):
-            part._no_grad, part._training = set(), True
-    return backbone
-
-
-def _tower_args(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A tower's config with what transformers derives for the 12B member and does not save."""
-    derived = dict(values)
-    if values.get("model_type") == "gemma4_unified_vision":
-        derived.setdefault("model_patch_size", values["patch_size"] * values["pooling_kernel_size"])
-    if values.get("model_type") == "gemma4_unified_audio":
-        derived.setdefault("output_proj_dims", values["audio_embed_dim"])
-    return derived
-
-
 class _Placement:
     """Where each stored tensor goes: one pass over the keys, nothing read yet."""
 
     def __init__(
-        self, backbone: nn.Module, plan: Plan, stored: Mapping[str, StoredTensor], towers: bool
+        self, backbone: nn.Module, plan: Plan, stored: Mapping[str, StoredTensor], encoders: bool
     ):
         self.stored = stored
         self.text: dict[str, list[str]] = {}
-        self.towers: list[str] = []
+        self.encoders: list[str] = []
         self.dead: list[str] = []
         self.left_out: list[str] = []
         self.unexpected: list[str] = []
@@ -252,10 +185,10 @@ class _Placement:
         for key, tensor in stored.items():
             inner = inner_name(key, plan)
             if inner is None:
-                found = tower_of(key, plan)
-                (self.unexpected if not found else self.towers if towers else self.left_out).append(
-                    key
-                )
+                if encoder_of(key, plan) is None:
+                    self.unexpected.append(key)
+                else:
+                    (self.encoders if encoders else self.left_out).append(key)
             elif inner in inner_names:
                 self.unexpected.append(f"{key} (stored under another name too)")
             elif is_dead(inner, plan):
@@ -267,6 +200,12 @@ class _Placement:
             else:
                 self.text[key] = [prefix + name for name in split_experts(inner)]
             inner_names.add(inner or key)
+
+    def encoder_weights(self, backbone: nn.Module) -> dict[str, mx.array]:
+        if not self.encoders:
+            return {}
+        arrays = load_tensors({key: self.stored[key] for key in self.encoders})
+        return encoder_weights(backbone, arrays)
 
     def text_shapes(self) -> dict[str, tuple[int, ...]]:
         shapes = {}
@@ -284,15 +223,6 @@ class _Placement:
             parts = mx.split(arrays[key], len(names), axis=1) if len(names) > 1 else [arrays[key]]
             weights.update(zip(names, parts))
         return weights
-
-
-def _tower_weights(backbone: nn.Module, placement: _Placement) -> dict[str, mx.array]:
-    """The towers' tensors as mlx-vlm's own sanitize names and lays them out."""
-    if not placement.towers:
-        return {}
-    arrays = load_tensors({key: placement.stored[key] for key in placement.towers})
-    sanitized: dict[str, mx.array] = backbone.sanitize(arrays)
-    return sanitized
 
 
 def _take_ple_table(

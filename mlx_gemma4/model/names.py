@@ -3,8 +3,8 @@
 A checkpoint names the language model in one of four ways, and a backbone in one of two. Between
 them stands the inner name, which all share: `layers.3.self_attn.q_proj.weight`.
 
-    model.language_model.<inner>            Google's, transformers' (with towers)
-    language_model.model.<inner>            MLX conversions (with towers)
+    model.language_model.<inner>            Google's, transformers' (with encoders)
+    language_model.model.<inner>            MLX conversions (with encoders)
     model.<inner>                           text only
     <inner>                                 text only, without a head
 """
@@ -93,10 +93,10 @@ def is_frozen_buffer(name: str) -> bool:
     return bool(_BUFFER.search(name))
 
 
-def tower_of(key: str, plan: Plan) -> str | None:
-    """The tower that a checkpoint key belongs to, if the plan has that tower."""
+def encoder_of(key: str, plan: Plan) -> str | None:
+    """The encoder that a checkpoint key belongs to, if the plan has that encoder."""
     part = key.removeprefix("model.").split(".", 1)[0]
-    return part if part in plan.towers else None
+    return part if part in plan.encoders else None
 
 
 def split_experts(inner: str) -> Iterable[str]:

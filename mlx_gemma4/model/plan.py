@@ -87,7 +87,7 @@ class Plan:
         kv_sources: indices of layers whose keys and values later layers use.
         bidirectional: None, or "vision": tokens of one image see each other.
         softcap: logits are softcap * tanh(logits / softcap); None is no cap.
-        towers: names of the parts beside the language model, as checkpoints prefix them.
+        encoders: names of the parts beside the language model, as checkpoints prefix them.
     """
 
     model_type: str
@@ -103,7 +103,7 @@ class Plan:
     layers: tuple[LayerPlan, ...]
     ple: PlePlan | None
     moe: MoePlan | None
-    towers: tuple[str, ...]
+    encoders: tuple[str, ...]
 
     @property
     def kv_sources(self) -> frozenset[int]:
@@ -116,7 +116,7 @@ class Plan:
 
     @property
     def is_multimodal(self) -> bool:
-        """Whether the checkpoint wraps the language model beside towers."""
+        """Whether the checkpoint wraps the language model beside encoders."""
         return self.model_type in MULTIMODAL_TYPES
 
     @property
@@ -182,7 +182,7 @@ class Plan:
                 if text.get("enable_moe_block")
                 else None
             ),
-            towers=_towers(config) if multimodal else (),
+            encoders=_encoders(config) if multimodal else (),
         )
 
 
@@ -201,31 +201,29 @@ class _Keys:
     def number(self, key: str, least: int = 1, most: float = math.inf) -> int:
         value = self[key]
         if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-            raise ModelError(
+            limit = f", at most {most}" if most < math.inf else ""
+            raise _wrong(
                 f"config.json has {self.prefix + key} {value!r}",
-                wanted=f"a whole number of {least} or more"
-                + (f", at most {most}" if most < math.inf else ""),
-                do="take config.json from the original checkpoint",
+                f"a whole number of {least} or more{limit}",
             )
         return value
 
 
+def _wrong(found: str, wanted: str) -> ModelError:
+    return ModelError(found, wanted=wanted, do="take config.json from the original checkpoint")
+
+
 def _mapping(values: Any, name: str) -> Mapping[str, Any]:
     if not isinstance(values, Mapping):
-        raise ModelError(
-            f"config.json has {name} {values!r}",
-            wanted="a JSON object",
-            do="take config.json from the original checkpoint",
-        )
+        raise _wrong(f"config.json has {name} {values!r}", "a JSON object")
     return values
 
 
 def _need(values: Mapping[str, Any], key: str, prefix: str) -> Any:
     if key not in values:
-        raise ModelError(
+        raise _wrong(
             f"config.json has no {prefix + key}",
-            wanted=f"the key {prefix + key}, as Google's and transformers' checkpoints have it",
-            do="take config.json from the original checkpoint",
+            f"the key {prefix + key}, as Google's and transformers' checkpoints have it",
         )
     return values[key]
 
@@ -246,10 +244,9 @@ def _layers(text: _Keys) -> tuple[LayerPlan, ...]:
     kinds, count = text["layer_types"], text.number("num_hidden_layers")
     kinds = kinds if isinstance(kinds, list) else [kinds]
     if len(kinds) != count or not set(kinds) <= {SLIDING, FULL}:
-        raise ModelError(
+        raise _wrong(
             f"config.json has {count} layers and {len(kinds)} layer_types: {sorted(set(kinds))}",
-            wanted=f"one layer type per layer, each {SLIDING} or {FULL}",
-            do="take config.json from the original checkpoint",
+            f"one layer type per layer, each {SLIDING} or {FULL}",
         )
     shapes = {kind: _attention_shape(text, kind) for kind in set(kinds)}
     num_shared = text.number("num_kv_shared_layers", least=0, most=count - 1)
@@ -281,19 +278,15 @@ def _attention_shape(text: _Keys, kind: str) -> tuple[int, int]:
     overrides = text.get("per_layer_config")
     if overrides is not None:
         by_layer = _by_layer(overrides, text)
+        own = [by_layer.get(i, {}) for i, k in enumerate(text["layer_types"]) if k == kind]
         shapes = {
-            (
-                by_layer.get(i, {}).get("head_dim", head_dim),
-                by_layer.get(i, {}).get("num_key_value_heads", num_kv_heads),
-            )
-            for i, layer_kind in enumerate(text["layer_types"])
-            if layer_kind == kind
+            (layer.get("head_dim", head_dim), layer.get("num_key_value_heads", num_kv_heads))
+            for layer in own
         }
         if len(shapes) > 1:
-            raise ModelError(
+            raise _wrong(
                 f"per_layer_config gives {kind} layers the (head_dim, kv heads) {sorted(shapes)}",
-                wanted="one shape for all layers of a type",
-                do="take config.json from the original checkpoint",
+                "one shape for all layers of a type",
             )
         return shapes.pop()
     if kind == FULL:
@@ -311,10 +304,9 @@ def _by_layer(overrides: Any, text: _Keys) -> dict[int, Mapping[str, Any]]:
     except ValueError:
         by_layer = {-1: {}}
     if not all(0 <= index < count for index in by_layer):
-        raise ModelError(
+        raise _wrong(
             f"config.json has {name} for the layers {', '.join(map(str, overrides))}",
-            wanted=f"layer numbers from 0 to {count - 1}",
-            do="take config.json from the original checkpoint",
+            f"layer numbers from 0 to {count - 1}",
         )
     return by_layer
 
@@ -344,7 +336,7 @@ def _kv_sources(kinds: list[str], num_shared: int) -> list[int]:
     return sources
 
 
-def _towers(config: Mapping[str, Any]) -> tuple[str, ...]:
+def _encoders(config: Mapping[str, Any]) -> tuple[str, ...]:
     vision = ("vision_embedder", "vision_tower", "embed_vision", "multi_modal_projector")
     audio = ("audio_tower", "embed_audio")
     return (vision if config.get("vision_config") else ()) + (

@@ -22,9 +22,9 @@ import mlx.nn as nn
 import numpy as np
 
 from ..errors import ModelError
+from .checkpoint import DTYPES, StoredTensor
 from .plan import Plan
 from .quantize import packed_as
-from .weights import DTYPES, StoredTensor
 
 __all__ = ["DiskEmbedding", "GatheredRows", "PerLayerRows"]
 

@@ -1,17 +1,78 @@
-"""Quantized modules where a published MLX checkpoint has quantized weights."""
+"""Quantization: how MLX packs a weight, which weights are packed, and modules for packed ones."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 
-from ..errors import ModelError
+from ..errors import ConfigError, ModelError
+from .names import text_model
 
-__all__ = ["packed_as", "quantize_as_stored", "stored_quantization"]
+__all__ = [
+    "Packing",
+    "packed_as",
+    "quantizable",
+    "quantize_as_stored",
+    "stored_packing",
+    "stored_quantization",
+]
 
 _BITS, _GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How MLX quantizes a weight; the field names are those of config.json."""
+
+    group_size: int
+    bits: int
+    mode: str = "affine"
+
+    @classmethod
+    def asked_for(cls, group_size: int, bits: int) -> Packing:
+        """A packing that a person named.
+
+        Raises:
+            ConfigError: MLX has no such quantization.
+        """
+        if bits not in _BITS or group_size not in _GROUPS:
+            raise ConfigError(
+                f"quantization to {bits} bits in groups of {group_size}",
+                wanted=f"bits of {_BITS} and groups of {_GROUPS}",
+                do="change the bits or the group size",
+            )
+        return cls(group_size, bits)
+
+    def shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """Shapes of the stored tensors of a weight of a shape, by their last names."""
+        *rows, columns = shape
+        groups = (*rows, columns // self.group_size)
+        return {"weight": (*rows, columns * self.bits // 32), "scales": groups, "biases": groups}
+
+    def pack(self, weight: mx.array) -> list[mx.array]:
+        """Weight, scales and biases."""
+        return list(mx.quantize(weight, **asdict(self)))
+
+    def unpack(self, weight: mx.array, scales: mx.array, biases: mx.array | None) -> mx.array:
+        """The values that a reader of the packed weight sees."""
+        return mx.dequantize(weight, scales, biases, **asdict(self))
+
+
+def quantizable(backbone: nn.Module) -> dict[str, int]:
+    """The weights that are packed where quantization is asked for, each with its last axis.
+
+    By inner name: every linear layer and embedding of the language model except the router, whose
+    choice of experts rounding would change.
+    """
+    return {
+        f"{path}.weight": module.weight.shape[-1]
+        for path, module in text_model(backbone).named_modules()
+        if hasattr(module, "to_quantized") and not path.endswith("router.proj")
+    }
 
 
 def stored_quantization(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -48,6 +109,40 @@ def packed_as(columns: int, packed_columns: int, groups: int) -> tuple[int, int]
     bits, group_size = packed_columns * 32 // columns, columns // max(groups, 1)
     whole = bits * columns == packed_columns * 32 and group_size * groups == columns
     return (bits, group_size) if whole and bits in _BITS and group_size in _GROUPS else None
+
+
+def stored_packing(
+    key: str,
+    weight: Sequence[int],
+    scales: Sequence[int],
+    quantization: Mapping[str, Any],
+    columns: int | None,
+) -> Packing:
+    """How one weight of a checkpoint is packed.
+
+    Args:
+        key: its name in the checkpoint.
+        weight, scales: shapes of its stored tensors.
+        quantization: config.json's entry.
+        columns: the weight's last axis where the architecture tells it.
+
+    Raises:
+        ModelError: bits and group size that do not agree with the shapes.
+    """
+    own = quantization.get(key.removesuffix(".weight"))
+    own = {**quantization, **own} if isinstance(own, Mapping) else quantization
+    mode = own.get("mode", "affine")
+    packed, groups = weight[-1], scales[-1]
+    if columns is not None:
+        if fits := packed_as(columns, packed, groups):
+            return Packing(fits[1], fits[0], mode)
+    elif own["bits"] * own["group_size"] * groups == packed * 32:
+        return Packing(own["group_size"], own["bits"], mode)
+    raise ModelError(
+        f"{key} is stored as {packed} columns in {groups} groups",
+        wanted=f"{own['bits']} bits in groups of {own['group_size']}, as config.json says",
+        do="take weights and config.json from the same checkpoint",
+    )
 
 
 def quantize_as_stored(

@@ -15,6 +15,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..storage import new_file, write_text
 from .loader import build_backbone
 from .names import PLE_TABLE, flat, text_prefix
 from .plan import FULL, SLIDING, Plan
@@ -162,8 +163,8 @@ def build_tiny(
     folder.mkdir(parents=True, exist_ok=True)
     vocab_size = _save_tokenizer(folder, texts, vocab_size)
     config = _config(shape, vocab_size)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 106]}) + "\n")
+    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    write_text(folder / "generation_config.json", json.dumps({"eos_token_id": [1, 106]}) + "\n")
     plan = Plan.from_config(config)
     backbone = build_backbone(plan)
     randomize(backbone, seed)
@@ -191,8 +192,8 @@ def save_weights(backbone: nn.Module, plan: Plan, folder: Path) -> None:
         assert isinstance(previous, dict)
         stored[table] = previous[table]
     mx.eval(stored)
-    mx.save_safetensors(str(folder / ".partial.safetensors"), stored, {"format": "pt"})
-    (folder / ".partial.safetensors").replace(folder / "model.safetensors")
+    with new_file(folder / "model.safetensors") as partial:
+        mx.save_safetensors(str(partial), stored, {"format": "pt"})
 
 
 def _config(shape: str, vocab_size: int) -> dict[str, Any]:
@@ -227,6 +228,7 @@ def _config(shape: str, vocab_size: int) -> dict[str, Any]:
 
 
 def randomize(backbone: nn.Module, seed: int) -> None:
+    """Give every parameter a random value near that of a trained model."""
     keys = iter(mx.random.split(mx.random.key(seed), 4096))
 
     def value(name: str, old: mx.array) -> mx.array:

@@ -9,7 +9,12 @@ from typing import Any
 
 from ..errors import ModelError
 
-__all__ = ["END_OF_TURN", "end_tokens", "load_processor", "load_tokenizer"]
+__all__ = [
+    "END_OF_TURN",
+    "end_tokens",
+    "load_processor",
+    "load_tokenizer",
+]
 
 END_OF_TURN = "<turn|>"
 

@@ -13,21 +13,21 @@ L layers, P width of per-layer embeddings.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
-import mlx.nn as nn
 
-from ..model.names import lm_head, text_model
+from ..model.names import text_model
 from ..model.plan import LayerPlan, Plan
 from .activation import gelu_times
-from .attention import Visibility, attention
+from .attention import attention
+from .batch import Batch, StepOptions
 from .dropout import draw_keys, set_keys
-from .rematerialize import in_pieces, rematerialized, with_parameters
+from .mask import AttentionMask
+from .remat import in_pieces, rematerialized, with_parameters
 
-__all__ = ["forward", "head"]
+__all__ = ["Model", "forward"]
 
 KV = tuple[mx.array, mx.array]
 
@@ -38,46 +38,34 @@ positions and up, so that its products still fill a GPU."""
 _LEAST_POSITIONS = 256
 
 
-def forward(
-    backbone: nn.Module,
-    plan: Plan,
-    tokens_BT: mx.array,
-    *,
-    ple_BTLP: mx.array | None = None,
-    segments_BT: mx.array | None = None,
-    longest: int | None = None,
-    rematerialize: bool | int = False,
-    method: str = "auto",
-    images_BT: mx.array | None = None,
-    largest_image: int | None = None,
-    key: mx.array | None = None,
-) -> mx.array:
+class Model(Protocol):
+    """What a pass needs of a model: `Gemma4` has it, and so has a backbone that was just loaded."""
+
+    @property
+    def backbone(self) -> Any: ...
+    @property
+    def plan(self) -> Plan: ...
+
+
+def forward(gemma: Model, batch: Batch, options: StepOptions = StepOptions()) -> mx.array:
     """Final hidden states (B, T, D), after the last norm.
 
     Args:
-        tokens_BT: token ids.
-        ple_BTLP: rows of the PLE table for the tokens, unscaled; None for members without PLE.
-        segments_BT: document number of every position in packed rows; None is one document.
-        longest: no document is longer; bounds the work of attention in packed rows.
-        rematerialize: keep only the layers' inputs, and run each layer again in the backward
-            pass (Chen et al. 2016, arXiv:1604.06174); a number is how many layers, from the first.
-        method: how attention is computed: auto, plain or blockwise; the values are the same.
-        images_BT: image number of every position, -1 for text; decides who sees whom in members
-            in which the tokens of an image see each other.
-        largest_image: no image has more positions; None is T.
-        key: where dropout draws from; None is the global random state.
+        gemma: a `Gemma4`.
+        batch: with PLE rows for members that have per-layer embeddings.
+        options: how the pass is computed: gradient checkpointing of the first layers (Chen et al.
+            2016, arXiv:1604.06174), the attention method, dropout's key.
     """
-    text = text_model(backbone)
-    hidden_BTD = text.embed_tokens(tokens_BT) * plan.hidden_size**0.5
-    inputs = _per_layer_inputs(text, plan, hidden_BTD, ple_BTLP)
-    everyone = Visibility(tokens_BT.shape[1], None, segments_BT, longest, images_BT, largest_image)
-    sees = {layer.kind: _visibility(plan, layer, everyone) for layer in plan.layers}
-    positions_BT = None if segments_BT is None else _positions(segments_BT)
-    lean = len(plan.layers) if rematerialize is True else int(rematerialize)
+    text, plan = text_model(gemma.backbone), gemma.plan
+    hidden_BTD = text.embed_tokens(batch.tokens_BT) * plan.hidden_size**0.5
+    inputs = _per_layer_inputs(text, plan, hidden_BTD, batch.ple_BTLP)
+    masks = _masks(plan, batch)
+    positions_BT = None if batch.segments_BT is None else _positions(batch.segments_BT)
+    count = len(plan.layers)
+    keys = [None] * count if options.key is None else mx.random.split(options.key, count)
     shared: dict[int, KV] = {}
-    keys = [None] * len(plan.layers) if key is None else mx.random.split(key, len(plan.layers))
     for layer_plan, layer, own_key, input_BTP in zip(plan.layers, text.layers, keys, inputs):
-        run = _rematerialized if layer_plan.index < lean else _plain
+        run = _rematerialized if layer_plan.index < options.remat_layers else _plain
         hidden_BTD, kv = run(
             layer,
             draw_keys(layer, own_key),
@@ -86,25 +74,13 @@ def forward(
             shared.get(layer_plan.kv_source),
             plan=plan,
             layer_plan=layer_plan,
-            sees=sees[layer_plan.kind],
+            mask=masks[layer_plan.kind],
             positions_BT=positions_BT,
-            method=method,
+            method=options.attention,
         )
         if layer_plan.index in plan.kv_sources:
             shared[layer_plan.index] = kv
     return text.norm(hidden_BTD)
-
-
-def head(backbone: nn.Module, plan: Plan, hidden_BTD: mx.array) -> mx.array:
-    """Logits (..., V) in float32 of final hidden states (..., D), softcapped."""
-    if plan.tied:
-        logits = text_model(backbone).embed_tokens.as_linear(hidden_BTD)
-    else:
-        logits = lm_head(backbone)(hidden_BTD)
-    logits = logits.astype(mx.float32)
-    if plan.softcap is not None:
-        logits = mx.tanh(logits / plan.softcap) * plan.softcap
-    return logits
 
 
 def decoder_layer(
@@ -115,7 +91,7 @@ def decoder_layer(
     *,
     plan: Plan,
     layer_plan: LayerPlan,
-    sees: Visibility,
+    mask: AttentionMask,
     positions_BT: mx.array | None,
     method: str,
     piece: int | None = None,
@@ -125,8 +101,8 @@ def decoder_layer(
     Args:
         input_BTP: the layer's share of the per-layer inputs, or None.
         shared_kv: keys and values of the layer's source; None if the layer has its own.
-        sees: who attends to whom.
-        positions_BT: position of every token in its document; None is one document a row.
+        mask: which positions attend to which.
+        positions_BT: position of every token in its sequence; None is one sequence a row.
         method: how attention is computed.
         piece: positions that go through the MLP together; None is all. Only for layers that are
             rematerialised: it costs nothing there.
@@ -136,7 +112,7 @@ def decoder_layer(
     """
     normed_BTD = layer.input_layernorm(hidden_BTD)
     mixed, kv = _attend(
-        layer.self_attn, layer_plan, normed_BTD, shared_kv, sees, positions_BT, method
+        layer.self_attn, layer_plan, normed_BTD, shared_kv, mask, positions_BT, method
     )
     hidden_BTD = hidden_BTD + layer.post_attention_layernorm(mixed)
     inputs = [hidden_BTD] if input_BTP is None else [hidden_BTD, input_BTP]
@@ -160,12 +136,26 @@ def _after_attention(
     return hidden_BTD * layer.layer_scalar
 
 
-def _visibility(plan: Plan, layer: LayerPlan, everyone: Visibility) -> Visibility:
-    """Who sees whom in a layer: images matter in some members, and in some of their layers."""
-    unified = plan.model_type.startswith("gemma4_unified")
-    if plan.bidirectional is None or (layer.window is None and not unified):
-        everyone = replace(everyone, images_BT=None)
-    return replace(everyone, window=layer.window, window_limits_images=not unified)
+def _masks(plan: Plan, batch: Batch) -> dict[str, AttentionMask]:
+    """The attention mask of each kind of layer.
+
+    Images matter in members with bidirectional attention: in their sliding layers, and in the
+    unified member in all.
+    """
+    unified = plan.is_unified
+    masks = {}
+    for layer in plan.layers:
+        sees_images = plan.bidirectional and (layer.window is not None or unified)
+        masks[layer.kind] = AttentionMask(
+            batch.tokens_BT.shape[1],
+            layer.window,
+            batch.segments_BT,
+            batch.longest,
+            batch.images_BT if sees_images else None,
+            batch.largest_image,
+            window_limits_images=not unified,
+        )
+    return masks
 
 
 def _per_layer_inputs(
@@ -175,7 +165,7 @@ def _per_layer_inputs(
     if plan.ple is None:
         return [None] * len(plan.layers)
     if ple_BTLP is None:
-        raise ValueError("this family member has per-layer embeddings: pass ple_BTLP")
+        raise ValueError("this family member needs PLE rows: batch.with_ple_rows(gemma)")
     context = text.per_layer_model_projection(hidden_BTD)
     # mlx-vlm before 0.5 scales inside its projection module.
     context = context * getattr(text, "per_layer_projection_scale", 1.0)
@@ -191,7 +181,7 @@ def _attend(
     layer_plan: LayerPlan,
     normed_BTD: mx.array,
     shared_kv: KV | None,
-    sees: Visibility,
+    mask: AttentionMask,
     positions_BT: mx.array | None,
     method: str,
 ) -> tuple[mx.array, KV]:
@@ -206,12 +196,12 @@ def _attend(
         kv = rotated(heads(keys, attn.k_norm)), _by_head(heads(values, attn.v_norm))
     else:
         kv = shared_kv
-    mixed_BNTH = attention(queries_BNTH, *kv, sees, method)
+    mixed_BNTH = attention(queries_BNTH, *kv, mask, method)
     return attn.o_proj(mixed_BNTH.transpose(0, 2, 1, 3).flatten(-2)), kv
 
 
 def _rotated(rope: Any, positions_BT: mx.array | None, x_BTNH: mx.array) -> mx.array:
-    """(B, T, N, H) -> (B, N, T, H) with rotary positions, counted anew in every document.
+    """(B, T, N, H) -> (B, N, T, H) with rotary positions, counted from 0 in every sequence.
 
     A difference of positions is all that attention sees; small ones are exact in float32 where
     thousands are not.
@@ -229,7 +219,7 @@ def _by_head(x_BTNH: mx.array) -> mx.array:
 
 
 def _positions(segments_BT: mx.array) -> mx.array:
-    """(B, T): the position of every token in its document."""
+    """(B, T): the position of every token in its sequence."""
     B, T = segments_BT.shape
     here = mx.broadcast_to(mx.arange(T), (B, T))
     starts = mx.concatenate(

@@ -8,7 +8,6 @@ the Python standard library: nothing is downloaded.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,11 +16,12 @@ from typing import Any
 from ..config import (
     DataConfig,
     LoraConfig,
+    Part,
     RunConfig,
     TrainConfig,
-    add_flags,
     build,
-    read_yaml,
+    flatten,
+    read_arguments,
 )
 from ..errors import ConfigError, run_command
 
@@ -38,9 +38,10 @@ def main(arguments: list[str] | None = None) -> None:
 
     from ..data.dataset import read
     from ..gemma import load
+    from ..memory.choose import fit_settings
+    from ..memory.report import stored_weights
     from . import embedded
-    from .budget import fit_settings
-    from .loop import finetune
+    from .finetune import finetune
 
     own = run_config.model is None
     if own:
@@ -58,7 +59,12 @@ def main(arguments: list[str] | None = None) -> None:
     print(gemma)
     if run_config.fit:
         data_config, train_config, chosen = fit_settings(
-            gemma, run_config.fit, data_config, train_config, lora_config
+            gemma.plan,
+            run_config.fit,
+            data_config,
+            train_config,
+            lora_config,
+            **stored_weights(gemma.loaded.config),
         )
         print(f"--fit {run_config.fit} chooses {chosen}", flush=True)
     data = read(data_folder, gemma, data_config)
@@ -85,7 +91,7 @@ def main(arguments: list[str] | None = None) -> None:
 def _tell(summary: Mapping[str, Any], model: str) -> None:
     """What came of the run."""
     if summary["val_loss"] is not None:
-        print(f"held-out loss: {summary['val_loss_before']:.3f} -> {summary['val_loss']:.3f}")
+        print(f"validation loss: {summary['val_loss_before']:.3f} -> {summary['val_loss']:.3f}")
     if summary["test_loss"] is not None:
         print(f"test loss: {summary['test_loss']:.3f}")
     foreseen = summary["forecast_peak_gb"]
@@ -103,23 +109,21 @@ def _tell(summary: Mapping[str, Any], model: str) -> None:
 
 
 def _settings(arguments: list[str] | None) -> tuple[Any, ...]:
-    parser = argparse.ArgumentParser(
-        prog="python -m mlx_gemma4.train",
-        usage="python -m mlx_gemma4.train [--model MODEL --data DATA] [--config FILE] [settings]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    values = read_arguments(
+        "mlx_gemma4.train",
+        __doc__,
+        [Part(group, title) for group, title in _GROUPS.items()],
+        arguments,
+        usage="[--model MODEL --data DATA] [--config FILE] [settings]",
+        yaml_groups=list(_GROUPS),
     )
-    parser.add_argument(
-        "-c", "--config", metavar="FILE", help="a YAML file of these settings; flags win over it"
-    )
-    for group, title in _GROUPS.items():
-        add_flags(parser, group, title)
-    given = vars(parser.parse_args(arguments))
-    path = given.pop("config", None)
-    from_file = read_yaml(path) if path else {}
-    build(list(_GROUPS), from_file, str(path))
-    values = {**from_file, **given}
+    of_lora = sorted(values.keys() & flatten(LoraConfig()).keys())
+    if values.get("fine_tune_type") == "full" and of_lora:
+        raise ConfigError(
+            f"fine_tune_type is full, and {', '.join(of_lora)} given",
+            wanted="LoRA or full fine-tuning",
+            do="leave out the settings of LoRA, or set fine_tune_type lora",
+        )
     if values.get("model") is None:
         from .embedded import DEFAULTS
 

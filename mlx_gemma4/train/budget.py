@@ -1,130 +1,154 @@
-"""What a run may keep: as many layers are rematerialised as the memory asks for, and no more."""
+"""What a run takes on this device, and how many layers it therefore checkpoints."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
-from ..config import DataConfig, LoraConfig, TrainConfig
-from ..data.batches import longest_bound, padded_length
-from ..data.dataset import Dataset
-from ..data.examples import lengths_of
-from ..errors import Gemma4Error
+import mlx.core as mx
+import mlx.optimizers as optim
+import numpy as np
+
+from ..config import TrainConfig
+from ..data.batch.collate import collate
+from ..data.batch.order import BatchOrder
+from ..data.example import Example
 from ..gemma import Gemma4
+from ..memory.choose import machine_memory, parse_memory
+from ..memory.estimate import MOMENTS, StepSettings
+from ..memory.measure import RunMemory, plan_memory
+from ..memory.report import stored_weights
 from ..model.names import text_model
-from ..model.quantize import stored_quantization
-from .choose import MARGIN, choose, machine_memory, parse_memory
-from .memory import Forecast, forecast, size
+from ..nn.batch import Batch, StepOptions
+from ..objectives import Objective
+from .step import CompiledStep
 
-__all__ = ["Budget", "fit_settings", "plan_run"]
-
-
-@dataclass(frozen=True)
-class Budget:
-    """The memory of a run, foreseen.
-
-    Attributes:
-        memory: bytes that it may take.
-        layers: how many are rematerialised, from the first.
-        forecast: of its largest step; None where it cannot be made.
-        note: what there is to say of it.
-    """
-
-    memory: int
-    layers: int
-    forecast: Forecast | None
-    note: str
+__all__ = ["cache_limited", "run_memory", "trial_step"]
 
 
-def plan_run(gemma: Gemma4, data: Dataset, config: TrainConfig) -> Budget:
-    """How many layers are rematerialised, and what the run's largest step takes then.
-
-    With `rematerialize: auto` none is if all fits; else as few as are enough, by the forecast; all
-    where there is none.
-    """
-    memory = parse_memory(config.memory) if config.memory else machine_memory()
-    count = len(gemma.plan.layers)
-    layers = 0 if config.rematerialize == "none" else count
-    try:
-        step = _step_of(gemma, data, config)
-        if config.rematerialize == "auto":
-            layers = _fewest_layers(gemma, memory, step)
-        # As `forward` counts: all layers of a model are True.
-        found = forecast(gemma.plan, rematerialize=layers == count or layers, **step)
-    except Gemma4Error as error:
-        return Budget(memory, layers, None, f"memory is not foreseen: {error.found}")
-    note = f"forecast: {found}; {layers} of {count} layers rematerialised"
-    if found.peak > memory:
-        note += f"\nmore than the {size(memory)} there are: a shorter max_seq_length takes less"
-    return Budget(memory, layers, found, note)
-
-
-def _fewest_layers(gemma: Gemma4, memory: int, step: dict[str, Any]) -> int:
-    """How many layers are enough; each spares about the same."""
-    count = len(gemma.plan.layers)
-    whole = forecast(gemma.plan, rematerialize=False, **step)
-    excess = whole.resident + whole.step * (1 + MARGIN) - memory
-    if excess <= 0:
-        return 0
-    lean = forecast(gemma.plan, rematerialize=True, **step)
-    spared = max(1.0, (whole.step - lean.step) * (1 + MARGIN) / count)
-    return min(count, math.ceil(excess / spared))
-
-
-def fit_settings(
-    gemma: Gemma4, fit: str, data: DataConfig, train: TrainConfig, lora: LoraConfig
-) -> tuple[DataConfig, TrainConfig, str]:
-    """Settings that fit a memory such as "16GB", and the flags that say what was chosen.
-
-    Raises:
-        ConfigError: nothing fits.
-    """
-    choice = choose(
-        gemma.plan,
-        parse_memory(fit),
-        max_seq_length=data.max_seq_length,
-        batch_size=train.batch_size,
-        fine_tune_type=train.fine_tune_type,
-        lora=lora,
-        may_shorten=True,
-        **_weights_of(gemma),
+def run_memory(
+    gemma: Gemma4,
+    examples: Sequence[Example],
+    config: TrainConfig,
+    order: BatchOrder,
+    optimizer: optim.Optimizer,
+    objective: Objective,
+) -> RunMemory:
+    """How many layers are rematerialised, and what the run's largest step takes then."""
+    rows, length, longest = order.largest_batch()
+    targets, weight = _share_of_targets(examples), text_model(gemma.backbone).norm.weight
+    settings = StepSettings(
+        batch_size=rows,
+        length=length,
+        longest=longest,
+        targets=targets,
+        attention=config.attention,
+        lora=gemma.lora,
+        moments=MOMENTS[config.optimizer],
+        **stored_weights(gemma.loaded.config, str(weight.dtype).rpartition(".")[2]),
     )
-    chosen = choice.settings()
-    data = replace(data, max_seq_length=chosen.pop("max_seq_length"))
-    chosen["grad_accumulation_steps"] *= train.grad_accumulation_steps
-    return data, replace(train, memory=fit, **chosen), choice.flags()
+    mx.eval(gemma.backbone.trainable_parameters(), optimizer.state)
+    return plan_memory(
+        gemma.plan,
+        settings,
+        rematerialize=str(config.rematerialize),
+        memory=parse_memory(config.memory) if config.memory else machine_memory(),
+        resident=mx.get_active_memory(),
+        run_step=trial_step(
+            gemma,
+            optimizer,
+            objective,
+            batch_size=rows,
+            longest=longest,
+            targets=targets,
+            attention=config.attention,
+            max_grad_norm=config.max_grad_norm,
+        ),
+    )
 
 
-def _weights_of(gemma: Gemma4) -> dict[str, Any]:
-    """How the weights are stored, in the words of `forecast`."""
-    stored = stored_quantization(gemma.loaded.config)
-    dtype = str(text_model(gemma.backbone).norm.weight.dtype).rpartition(".")[2]
-    return {"dtype": dtype, **{k: stored[k] for k in ("bits", "group_size") if stored}}
+def _share_of_targets(examples: Sequence[Example]) -> float:
+    """Of the first examples, where all would have to be made to know."""
+    some = [examples[i] for i in range(min(1000, len(examples)))]
+    positions = sum(len(example) - 1 for example in some)
+    return sum(example.num_targets for example in some) / max(1, positions)
 
 
-def _step_of(gemma: Gemma4, data: Dataset, config: TrainConfig) -> dict[str, Any]:
-    """The largest step of a run, in the words of `forecast`."""
-    positions = lengths_of(data.train) - 1
-    longest = int(positions.max())
-    length = padded_length(longest)
-    if config.packing:
-        filled = min(max(data.config.max_seq_length, longest), int(positions.sum()))
-        length = padded_length(filled)
-    bound = longest_bound(longest, length) if config.packing else None
-    return {
-        "batch_size": min(config.batch_size, len(positions)),
-        "length": length,
-        "longest": bound,
-        "targets": _share_of_targets(data),
-        "fine_tune_type": config.fine_tune_type,
-        "lora": gemma.lora or LoraConfig(),
-        "attention": config.attention,
-        **_weights_of(gemma),
-    }
+@contextmanager
+def cache_limited(nbytes: int) -> Iterator[None]:
+    """Freed buffers that MLX keeps are no more than so many bytes."""
+    before = mx.set_cache_limit(nbytes)
+    try:
+        yield
+    finally:
+        mx.set_cache_limit(before)
 
 
-def _share_of_targets(data: Dataset) -> float:
-    """Of a sample, where examples would have to be made to know."""
-    some = data.train[:1000]
-    return sum(e.num_targets for e in some) / max(1, sum(len(e) - 1 for e in some))
+def trial_step(
+    gemma: Gemma4,
+    optimizer: optim.Optimizer,
+    objective: Objective,
+    *,
+    batch_size: int,
+    longest: int | None,
+    targets: float,
+    attention: str = "auto",
+    max_grad_norm: float | None = None,
+) -> Callable[[int, int], int]:
+    """A function of (positions of a row, rematerialised layers): bytes that such a step takes.
+
+    It runs one step on random tokens and gives the allocator's peak minus what was resident.
+    Weights and optimizer state are as before afterwards.
+
+    Args:
+        batch_size, longest, targets: rows, the longest sequence of a packed row, and the share of
+            positions with a target, as in the run.
+        attention, max_grad_norm: of the run.
+    """
+
+    def run(length: int, remat_layers: int) -> int:
+        batch = _random_batch(gemma, batch_size, length, longest, targets)
+        options = StepOptions(remat_layers, attention)
+        step = CompiledStep(gemma, optimizer, objective, options, max_grad_norm)
+        backbone = gemma.backbone
+        parameters, state = backbone.trainable_parameters(), optimizer.state
+        training = backbone.training
+        backbone.train()
+        try:
+            mx.eval([value for value in batch.fields().values() if isinstance(value, mx.array)])
+            mx.clear_cache()
+            resident = mx.get_active_memory()
+            mx.reset_peak_memory()
+            sums, _ = step([batch], mx.random.key(0))
+            mx.eval(sums.loss, backbone.trainable_parameters(), optimizer.state)
+            return mx.get_peak_memory() - resident
+        finally:
+            backbone.update(parameters)
+            optimizer.state = state
+            backbone.train(training)
+            mx.clear_cache()
+
+    return run
+
+
+def _random_batch(
+    gemma: Gemma4, batch_size: int, length: int, longest: int | None, targets: float
+) -> Batch:
+    """Packed rows of sequences of `longest` positions, or rows of one."""
+    random = np.random.default_rng(0)
+    part = min(longest or length, length)
+
+    def example(positions: int) -> Example:
+        tokens = random.integers(3, gemma.plan.vocab_size, positions + 1).astype(np.int32)
+        return Example(tokens, np.arange(positions + 1) >= positions * (1 - targets), "random")
+
+    row = [example(part) for _ in range(length // part)]
+    batch = collate([row if longest else row[0]] * batch_size)
+    changes: dict[str, Any] = {}
+    if gemma.plan.ple is not None:
+        shape = (*batch.tokens_BT.shape, len(gemma.plan.layers), gemma.plan.ple.width)
+        dtype = gemma.ple_rows(mx.zeros((1, 1), mx.int32))
+        changes["ple_BTLP"] = mx.zeros(shape, dtype.dtype if dtype is not None else mx.float32)
+    return replace(batch, **changes)

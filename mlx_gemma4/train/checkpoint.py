@@ -2,8 +2,9 @@
 
     OUTPUT/checkpoints/step-000100/
         adapters.safetensors  adapter_config.json    an adapter like any other
-        optimizer.safetensors                        Adam's moments and step
-        state.json                                   step, next batch, settings
+        optimizer.safetensors                        the optimizer's state
+        state.json                                   step, next batch, validation loss, settings
+    OUTPUT/adapter/                                  the newest adapter, the same files
 
 Randomness needs no state: every step seeds itself from the run's seed and its own number.
 """
@@ -14,7 +15,6 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,97 +24,155 @@ from mlx.utils import tree_unflatten
 
 from ..errors import ModelError, TrainingError, listing
 from ..gemma import Gemma4
+from ..lora.state import save_adapter
+from ..model.checkpoint import load_file, mismatches, shapes_of
 from ..model.names import flat
-from ..model.weights import load_file, mismatches, shapes_of
-from ..nn.adapter import save_adapter
+from ..storage import new_file, new_folder, size
+from .prefetch import Progress
 
-__all__ = ["Progress", "newest_checkpoint", "restore_checkpoint", "save_checkpoint"]
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a run stands: steps done, and the number of the next batch."""
-
-    step: int
-    next_batch: int
+__all__ = ["Checkpoints"]
 
 
-def save_checkpoint(
-    folder: Path,
-    gemma: Gemma4,
-    optimizer: optim.Optimizer,
-    progress: Progress,
-    settings: Mapping[str, Any],
-) -> Path:
-    """Write OUTPUT/checkpoints/step-N under another name, then rename it.
-
-    Raises:
-        AdapterError: weights are not finite; nothing is written then.
-    """
-    final = folder / f"step-{progress.step:06d}"
-    partial = folder / f".partial-{final.name}"
-    shutil.rmtree(partial, ignore_errors=True)
-    save_adapter(gemma.backbone, partial, gemma.lora, gemma.name)
-    mx.save_safetensors(str(partial / "optimizer.safetensors"), flat(optimizer.state))
-    state = {"step": progress.step, "next_batch": progress.next_batch, "settings": dict(settings)}
-    (partial / "state.json").write_text(json.dumps(state, indent=2) + "\n")
-    if final.exists():
-        shutil.rmtree(final)
-    os.replace(partial, final)
-    return final
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint of the highest step, if there is any."""
-    found = [path for path in folder.glob("step-*") if path.name[5:].isdigit()]
-    return max(found, key=lambda path: int(path.name[5:]), default=None)
-
-
-def restore_checkpoint(
-    checkpoint: Path, gemma: Gemma4, optimizer: optim.Optimizer, settings: Mapping[str, Any]
-) -> Progress:
-    """Put weights and optimizer state back as they were.
+class Checkpoints:
+    """The checkpoints of one output folder: the newest few, and the best by validation loss.
 
     Args:
-        settings: of the run that goes on; they must be those of the run that was saved.
-
-    Raises:
-        TrainingError: a file is missing or cut short, the settings differ, or the tensors are
-            not those of this model.
+        output: the run's folder.
+        keep: how many of the newest stay, beside the best.
+        settings: what a run that resumes has to share.
     """
+
+    def __init__(self, output: Path, keep: int, settings: Mapping[str, Any]):
+        self._folder, self._adapter = output / "checkpoints", output / "adapter"
+        self._keep, self._settings = keep, dict(settings)
+
+    def save(
+        self,
+        gemma: Gemma4,
+        optimizer: optim.Optimizer,
+        progress: Progress,
+        val_loss: float | None = None,
+    ) -> Path:
+        """Write step-N whole, and delete those that are neither new nor the best.
+
+        Args:
+            val_loss: of this very step; None if it was not evaluated.
+
+        Raises:
+            AdapterError: weights are not finite; nothing is written then.
+        """
+        final = self._folder / f"step-{progress.step:06d}"
+        state = {
+            "step": progress.step,
+            "next_batch": progress.next_batch,
+            "val_loss": val_loss,
+            "settings": self._settings,
+        }
+        with new_folder(final) as partial:
+            save_adapter(gemma.backbone, partial, gemma.lora, gemma.name)
+            mx.save_safetensors(str(partial / "optimizer.safetensors"), flat(optimizer.state))
+            (partial / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+        self._adapter.mkdir(exist_ok=True)
+        for path in final.glob("adapter*"):
+            with new_file(self._adapter / path.name) as partial:
+                _link(path, partial)
+        self._prune()
+        return final
+
+    def is_best(self, val_loss: float) -> bool:
+        """Whether no checkpoint that is kept has so low a validation loss."""
+        return all(val_loss < loss for _, loss in self._evaluated())
+
+    def best(self) -> Path | None:
+        """The checkpoint of the lowest validation loss, if any was evaluated."""
+        return min(self._evaluated(), key=lambda pair: pair[1], default=(None, 0.0))[0]
+
+    def newest(self) -> Path | None:
+        """The checkpoint of the highest step, if there is any."""
+        return max(self._all(), key=_step_of, default=None)
+
+    def restore(self, checkpoint: Path, gemma: Gemma4, optimizer: optim.Optimizer) -> Progress:
+        """Put weights and optimizer state back as they were.
+
+        Raises:
+            TrainingError: a file is missing or cut short, the settings differ, or the tensors are
+                not those of this model.
+        """
+        try:
+            state = json.loads((checkpoint / "state.json").read_text())
+            saved = state["settings"]
+            progress = Progress(int(state["step"]), int(state["next_batch"]))
+            weights = load_file(checkpoint / "adapters.safetensors")
+            moments = load_file(checkpoint / "optimizer.safetensors")
+        except (OSError, ValueError, KeyError, TypeError, ModelError) as error:
+            raise TrainingError(
+                f"{checkpoint} cannot be read: {error!r}",
+                wanted="a whole checkpoint",
+                do="remove that folder, to resume from the one before it",
+            ) from None
+        changed = [
+            f"{key}: {saved.get(key)!r} then, {self._settings.get(key)!r} now"
+            for key in sorted({*saved, *self._settings})
+            if saved.get(key) != self._settings.get(key)
+        ]
+        if changed:
+            raise TrainingError(
+                f"settings differ from those of {checkpoint}:{listing(changed)}",
+                wanted="the settings that the run began with",
+                do="give those, or start a new run in another output folder",
+            )
+        wrong = mismatches(
+            {**shapes_of(weights), **shapes_of(moments)},
+            shapes_of({**flat(gemma.backbone.trainable_parameters()), **flat(optimizer.state)}),
+        )
+        if wrong:
+            raise TrainingError(
+                f"{len(wrong)} tensors of {checkpoint} do not fit this model:{listing(wrong)}",
+                wanted="the model that the run began with",
+                do="name that model",
+            )
+        gemma.backbone.load_weights(list(weights.items()), strict=False)
+        optimizer.state = tree_unflatten(list(moments.items()))
+        return progress
+
+    def note(self, gemma: Gemma4, optimizer: optim.Optimizer) -> str:
+        """The space that checkpoints will take, in a line."""
+        arrays = flat(gemma.backbone.trainable_parameters()) | flat(optimizer.state)
+        one = sum(array.nbytes for array in arrays.values())
+        return (
+            f"checkpoints: {size(one)} each; the newest {self._keep} and the best by validation "
+            f"loss are kept, at most {size((self._keep + 1) * one)}"
+        )
+
+    def _all(self) -> list[Path]:
+        return [path for path in self._folder.glob("step-*") if path.name[5:].isdigit()]
+
+    def _evaluated(self) -> list[tuple[Path, float]]:
+        losses = [(path, _val_loss(path)) for path in self._all()]
+        return [(path, loss) for path, loss in losses if loss is not None]
+
+    def _prune(self) -> None:
+        best = self.best()
+        for path in sorted(self._all(), key=_step_of)[: -self._keep]:
+            if path != best:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name[5:])
+
+
+def _val_loss(checkpoint: Path) -> float | None:
     try:
-        state = json.loads((checkpoint / "state.json").read_text())
-        saved = state["settings"]
-        progress = Progress(int(state["step"]), int(state["next_batch"]))
-        weights = load_file(checkpoint / "adapters.safetensors")
-        moments = load_file(checkpoint / "optimizer.safetensors")
-    except (OSError, ValueError, KeyError, TypeError, ModelError) as error:
-        raise TrainingError(
-            f"{checkpoint} cannot be read: {error!r}",
-            wanted="a whole checkpoint",
-            do="remove that folder, to resume from the one before it",
-        ) from None
-    changed = [
-        f"{key}: {saved.get(key)!r} then, {settings.get(key)!r} now"
-        for key in sorted({*saved, *settings})
-        if saved.get(key) != settings.get(key)
-    ]
-    if changed:
-        raise TrainingError(
-            f"settings differ from those of {checkpoint}:{listing(changed)}",
-            wanted="the settings that the run began with",
-            do="give those, or start a new run in another output folder",
-        )
-    wrong = mismatches(
-        {**shapes_of(weights), **shapes_of(moments)},
-        shapes_of({**flat(gemma.backbone.trainable_parameters()), **flat(optimizer.state)}),
-    )
-    if wrong:
-        raise TrainingError(
-            f"{len(wrong)} tensors of {checkpoint} do not fit this model:{listing(wrong)}",
-            wanted="the model that the run began with",
-            do="name that model",
-        )
-    gemma.backbone.load_weights(list(weights.items()), strict=False)
-    optimizer.state = tree_unflatten(list(moments.items()))
-    return progress
+        loss = json.loads((checkpoint / "state.json").read_text())["val_loss"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return loss if isinstance(loss, float) else None
+
+
+def _link(path: Path, other: Path) -> None:
+    """The same file under another name; a copy where the file system has no links."""
+    try:
+        os.link(path, other)
+    except OSError:
+        shutil.copyfile(path, other)

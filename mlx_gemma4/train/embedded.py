@@ -8,23 +8,21 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import os
-import shutil
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from ..config import DataConfig, TrainConfig
 from ..data import stdlib
-from ..data.batches import Example
-from ..data.chat import encode
+from ..data.chat.encode import encode
+from ..data.chat.formats import Row
 from ..data.dataset import Dataset
-from ..data.examples import Examples
-from ..data.formats import Row
+from ..data.example import Example
+from ..data.store.arrays import Examples
 from ..gemma import load
 from ..model import tiny
-from .loop import finetune
+from ..storage import cache_folder, new_folder
+from .finetune import finetune
 
 __all__ = ["DEFAULTS", "PROMPT", "prepare"]
 
@@ -59,22 +57,12 @@ def prepare(cache: Path | None = None) -> tuple[Path, Path]:
     """(model folder, data folder), built and trained if they are not cached yet.
 
     Args:
-        cache: by default MLX_GEMMA4_CACHE, or ~/.cache/mlx_gemma4.
+        cache: by default storage.cache_folder().
     """
-    root = cache or Path(os.environ.get("MLX_GEMMA4_CACHE", "~/.cache/mlx_gemma4")).expanduser()
-    folder = root / f"tiny-{_fingerprint()}"
+    folder = (cache or cache_folder()) / f"tiny-{_fingerprint()}"
     if not folder.exists():
-        root.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=root))
-        try:
+        with new_folder(folder) as partial:
             _build(partial)
-            partial.rename(folder)
-        except OSError:
-            # Another process finished first.
-            if not folder.exists():
-                raise
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
     return folder / "model", folder / "data"
 
 
@@ -103,5 +91,5 @@ def _build(folder: Path) -> None:
     config = DataConfig(max_seq_length=_BASE_LENGTH)
     data = Dataset("the standard library's docstrings", config, Examples.of(examples))
     print(f"building a small Gemma 4 and training it on {len(texts):,} docstrings ...", flush=True)
-    finetune(gemma, data, _BASE, callbacks=[])
+    finetune(gemma, data, _BASE, console=False)
     tiny.save_weights(gemma.backbone, gemma.plan, folder / "model")

@@ -1,4 +1,4 @@
-"""The loss on examples that are not trained on."""
+"""The mean of an objective over examples that are not trained on."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from ..config import DataConfig, TrainConfig
-from ..data.batches import Example
-from ..data.examples import lengths_of
-from ..data.order import pack
+from ..data.batch.order import BatchOrder
+from ..data.example import Example
 from ..gemma import Gemma4
-from .feed import prepared
-from .step import loss_sum
+from ..nn.batch import StepOptions
+from ..nn.head import batch_log_probs
+from ..objectives import Objective
+from ..objectives.sft import sft
+from .prefetch import prepared
 
 __all__ = ["evaluate"]
 
@@ -22,25 +24,24 @@ def evaluate(
     examples: Sequence[Example],
     data: DataConfig = DataConfig(),
     config: TrainConfig = TrainConfig(),
+    objective: Objective = sft,
 ) -> float:
-    """Mean loss per target token, in nats, over all examples, or the first `val_batches` batches.
+    """The objective's loss over its count: with `sft`, nats per target token.
 
     Args:
+        examples: all are read, or those of the first `val_batches` batches.
         data: gives the length of packed rows.
         config: gives the batch size, and whether rows are packed.
     """
     gemma.backbone.eval()
-    lengths = (lengths_of(examples) - 1).tolist()
-    rows = [[i] for i in range(len(examples))]
-    if config.packing:
-        rows = pack(lengths, max(data.max_seq_length, *lengths, 1))
-    starts = range(0, len(rows), config.batch_size)[: config.val_batches]
-    batches = ((None, [rows[start : start + config.batch_size]]) for start in starts)
-    total, targets = mx.zeros(()), mx.zeros(())
+    order = BatchOrder.of(examples, data.max_seq_length, config.batch_size, config.packing)
+    batches = ((None, [rows]) for rows in order.in_file_order()[: config.val_batches])
+    options = StepOptions(attention=config.attention)
+    loss, count = mx.zeros(()), mx.zeros(())
     for _, (batch,) in prepared(gemma, examples, batches):
-        loss = loss_sum(gemma, batch, attention=config.attention, gradient=False)
+        sums = objective(batch_log_probs(gemma, batch, options, gradient=False), batch)
         # The graph of a batch is built while the one before it is computed.
-        mx.eval(total, targets)
-        total, targets = total + loss, targets + batch.num_targets
-        mx.async_eval(total, targets)
-    return float(total) / float(targets)
+        mx.eval(loss, count)
+        loss, count = loss + sums.loss, count + sums.count
+        mx.async_eval(loss, count)
+    return float(loss) / float(count)

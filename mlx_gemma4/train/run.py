@@ -1,4 +1,4 @@
-"""`Run`: what a fine-tuning run leaves in memory."""
+"""`Run`: what a fine-tuning run is while it goes, and what it leaves."""
 
 from __future__ import annotations
 
@@ -14,21 +14,33 @@ __all__ = ["Run"]
 
 @dataclass(repr=False)
 class Run:
-    """A finished run.
+    """A run, from its start on.
 
     Attributes:
-        gemma: the trained model.
-        forecast: what was foreseen of its memory, in words.
+        gemma: the model that trains.
+        notes: what there is to say before the first step: memory, space for checkpoints.
         history: one entry a report, as in metrics.jsonl.
-        summary: as in summary.json.
+        summary: as in summary.json; empty while the run goes on.
         output: the output folder, if one was given.
+        step: steps done.
+        stopped: why the run ended before its last step, if it did.
     """
 
     gemma: Gemma4
-    forecast: str = ""
+    notes: list[str] = field(default_factory=list)
     history: list[dict[str, Any]] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
     output: Path | None = None
+    step: int = 0
+    stopped: str | None = None
+
+    def stop(self, reason: str) -> None:
+        """End the run after the step that it is in; it is evaluated and saved first.
+
+        Args:
+            reason: printed, and kept in summary.json.
+        """
+        self.stopped = self.stopped or reason
 
     def plot(self) -> Any:
         """Training and validation loss over steps, as a matplotlib figure.
@@ -39,7 +51,7 @@ class Run:
 
         figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
         plt.close(figure)  # or a notebook would show it twice
-        for key, label, style in (("loss", "train", "-"), ("val_loss", "valid", "o-")):
+        for key, label, style in (("loss", "train", "-"), ("val_loss", "validation", "o-")):
             points = [(m["step"], m[key]) for m in self.history if m[key] is not None]
             if points:
                 axes.plot(*zip(*points), style, label=label)
@@ -56,15 +68,19 @@ class Run:
             format: mlx-lm, mlx-vlm, mlx-vlm-legacy, peft, peft-causal, fused or gguf.
             options: as in `mlx_gemma4.export.export`; `verify=False` leaves the proof out.
         """
-        for verdict in export(self.gemma, folder, format, **options):
-            print(verdict)
+        for line in export(self.gemma, folder, format, **options):
+            print(line)
         return Path(folder)
 
     def __repr__(self) -> str:
-        lines = [f"run of {self.summary['steps']} steps, {self.summary['seconds']:.0f} s"]
-        before, after = self.summary["val_loss_before"], self.summary["val_loss"]
-        if after is not None:
-            lines.append(f"  held-out loss: {before:.3f} -> {after:.3f}")
+        losses = [m["val_loss"] for m in self.history if m["val_loss"] is not None]
+        seconds = self.summary.get("seconds")
+        state = f"{seconds:.0f} s" if seconds is not None else "not finished"
+        lines = [f"run of {self.step} steps, {state}"]
+        if self.stopped:
+            lines.append(f"  stopped:         {self.stopped}")
+        if losses:
+            lines.append(f"  validation loss: {losses[0]:.3f} -> {losses[-1]:.3f}")
         if self.output:
-            lines.append(f"  output:        {self.output}")
+            lines.append(f"  output:          {self.output}")
         return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""One step: the loss sum, the number of targets, and gradients; then the update."""
+"""One optimizer step: log-probabilities, objective, gradients, update; compiled."""
 
 from __future__ import annotations
 
@@ -12,54 +12,21 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_map
 
-from ..data.batches import Batch
 from ..errors import TrainingError
 from ..gemma import Gemma4
 from ..model.names import flat
-from ..nn.forward import forward
-from ..nn.loss import cross_entropy_sum
+from ..nn.batch import Batch, StepOptions
+from ..nn.head import batch_log_probs
+from ..objectives import Objective, Sums
+from ..objectives.sft import sft
 
-__all__ = ["COMPILES", "CompiledStep", "loss_and_grads", "loss_sum", "train_step"]
-
-
-def loss_sum(
-    gemma: Gemma4,
-    batch: Batch,
-    *,
-    rematerialize: bool | int = False,
-    attention: str = "auto",
-    key: mx.array | None = None,
-    gradient: bool = True,
-) -> mx.array:
-    """Sum of weighted cross-entropy over a batch's targets, a float32 scalar.
-
-    Without `gradient` it is not to be differentiated, and takes less time.
-    """
-    hidden = forward(
-        gemma.backbone,
-        gemma.plan,
-        batch.tokens_BT,
-        ple_BTLP=batch.ple_BTLP,
-        segments_BT=batch.segments_BT,
-        longest=batch.longest,
-        rematerialize=rematerialize,
-        method=attention,
-        key=key,
-    )
-    return cross_entropy_sum(
-        gemma.backbone,
-        gemma.plan,
-        hidden,
-        batch.targets_BT,
-        batch.weights_BT,
-        batch.rows_R,
-        gradient=gradient,
-    )
+__all__ = ["COMPILES", "CompiledStep", "gradients", "loss_and_grads", "train_step"]
 
 
 def loss_and_grads(
     gemma: Gemma4,
     batch: Batch,
+    objective: Objective = sft,
     *,
     rematerialize: bool | int = False,
     attention: str = "auto",
@@ -70,66 +37,89 @@ def loss_and_grads(
     Args:
         gemma: after `add_lora` or `train_all`, which say what has gradients.
         batch: PLE rows are added if it has none.
-        rematerialize: keep layer boundaries only; same values, less memory. A number is how many
-            layers, from the first.
-        attention: auto, plain or blockwise; same values.
+        objective: of the log-probabilities of the batch's targets.
+        rematerialize: gradient checkpointing: True for all layers, or how many, from the first.
+            The values are the same, in less memory.
+        attention: auto, plain or blockwise; the values are the same.
         key: where dropout draws from; None is the global random state.
 
     Returns:
-        (loss sum, number of targets, gradients as a tree of the backbone's trainable
-        parameters). Divide both sums by the number of targets of the whole step for means.
+        (loss sum, count, gradients as a tree of the backbone's trainable parameters). Divide both
+        sums by the count of the whole step for means.
 
     Raises:
         TrainingError: nothing is trainable.
     """
-    if not flat(gemma.backbone.trainable_parameters()):
+    layers = len(gemma.plan.layers) if rematerialize is True else int(rematerialize)
+    sums, grads = gradients(gemma, batch, objective, StepOptions(layers, attention, key))
+    return sums.loss, sums.count, grads
+
+
+def gradients(
+    gemma: Gemma4, batch: Batch, objective: Objective = sft, options: StepOptions = StepOptions()
+) -> tuple[Sums, dict[str, Any]]:
+    """An objective's sums over a batch, and the gradients of its loss sum.
+
+    Raises:
+        TrainingError: nothing is trainable.
+    """
+    parameters = gemma.backbone.trainable_parameters()
+    if not flat(parameters):
         raise TrainingError(
             "nothing is trainable",
             wanted="LoRA layers, or unfrozen weights",
             do="call gemma.add_lora() or gemma.train_all() first",
         )
     batch = batch.with_ple_rows(gemma)
-    value_and_grad = nn.value_and_grad(
-        gemma.backbone,
-        lambda: loss_sum(gemma, batch, rematerialize=rematerialize, attention=attention, key=key),
-    )
-    parameters = gemma.backbone.trainable_parameters()
-    value, grads = value_and_grad()
+
+    def loss() -> tuple[Any, ...]:
+        return _fields(objective(batch_log_probs(gemma, batch, options), batch))
+
+    sums, grads = nn.value_and_grad(gemma.backbone, loss)()
     gemma.backbone.update(parameters)
-    return value, batch.num_targets, grads
+    return Sums(*sums), grads
+
+
+def _fields(sums: Sums) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
+    return sums.loss, sums.count, dict(sums.metrics)
 
 
 def train_step(
     gemma: Gemma4,
     optimizer: optim.Optimizer,
     batches: Sequence[Batch],
-    *,
-    rematerialize: bool | int = False,
-    attention: str = "auto",
-    key: mx.array | None = None,
-) -> tuple[mx.array, mx.array]:
+    objective: Objective = sft,
+    options: StepOptions = StepOptions(),
+    max_grad_norm: float | None = None,
+) -> tuple[Sums, mx.array | None]:
     """One optimizer step over the batches of an accumulation, as if they were one.
 
     Args:
-        key: where dropout draws from; None is the global random state.
+        max_grad_norm: larger gradients are scaled down to this global norm; None scales nothing.
 
     Returns:
-        (loss sum, number of targets) of all batches together, not yet evaluated.
+        The sums of all batches together, and the norm of the mean gradient where it was asked
+        for; not yet evaluated.
     """
-    total, targets, grads = mx.zeros(()), mx.zeros(()), None
-    keys = [None] * len(batches) if key is None else mx.random.split(key, len(batches))
-    for batch, own in zip(batches, keys):
+    totals: Any = None
+    grads: Any = None
+    keys: Any = None if options.key is None else mx.random.split(options.key, len(batches))
+    for i, batch in enumerate(batches):
         if grads is not None:
             # One batch's activations are alive at a time.
-            tokens = mx.depends(batch.tokens_BT, [total, *flat(grads).values()])
+            tokens = mx.depends(batch.tokens_BT, [totals.loss, *flat(grads).values()])
             batch = replace(batch, tokens_BT=tokens)
-        loss, count, added = loss_and_grads(
-            gemma, batch, rematerialize=rematerialize, attention=attention, key=own
-        )
-        total, targets = total + loss, targets + count
+        own = replace(options, key=None if keys is None else keys[i])
+        sums, added = gradients(gemma, batch, objective, own)
+        if totals is not None:
+            sums = Sums(*tree_map(mx.add, _fields(totals), _fields(sums)))
+        totals = sums
         grads = added if grads is None else tree_map(mx.add, grads, added)
-    optimizer.update(gemma.backbone, tree_map(lambda grad: grad / targets, grads))
-    return total, targets
+    means, norm = tree_map(lambda grad: grad / totals.count, grads), None
+    if max_grad_norm is not None:
+        means, norm = optim.clip_grad_norm(means, max_grad_norm)
+    optimizer.update(gemma.backbone, means)
+    return totals, norm
 
 
 COMPILES = tuple(map(int, version("mlx").split(".")[:2])) >= (0, 32)
@@ -139,39 +129,54 @@ COMPILES = tuple(map(int, version("mlx").split(".")[:2])) >= (0, 32)
 class CompiledStep:
     """`train_step`, compiled once for every set of shapes that it meets; plain before MLX 0.32.
 
+    Args:
+        gemma, optimizer, objective, options, max_grad_norm: as in `train_step`; the key of the
+            options is given to each call instead.
+
     Attributes:
         compilations: how often it was compiled.
     """
 
-    def __init__(self, gemma: Gemma4, optimizer: optim.Optimizer, **how: Any):
-        self._gemma, self._optimizer, self._how = gemma, optimizer, how
+    def __init__(
+        self,
+        gemma: Gemma4,
+        optimizer: optim.Optimizer,
+        objective: Objective = sft,
+        options: StepOptions = StepOptions(),
+        max_grad_norm: float | None = None,
+    ):
+        self._gemma, self._optimizer = gemma, optimizer
+        self._objective, self._options, self._max_grad_norm = objective, options, max_grad_norm
         self._compiled = mx.compile(self._pure) if COMPILES else self._pure
         self.compilations = 0
 
     def __call__(
         self, batches: Sequence[Batch], key: mx.array | None = None
-    ) -> tuple[mx.array, mx.array]:
+    ) -> tuple[Sums, mx.array | None]:
         """As `train_step`. Batches carry their PLE rows."""
         backbone, optimizer = self._gemma.backbone, self._optimizer
         parameters, state = backbone.trainable_parameters(), optimizer.state
         try:
-            total, targets, parameters, state = self._compiled(
+            sums, norm, parameters, state = self._compiled(
                 parameters, state, [batch.fields() for batch in batches], key
             )
         finally:
             # What was traced is taken out again, also where that failed.
             backbone.update(parameters)
             optimizer.state = state
-        return total, targets
+        return Sums(*sums), norm
 
-    def _pure(
-        self, parameters: Any, state: Any, batches: Any, key: mx.array | None
-    ) -> tuple[mx.array, mx.array, Any, Any]:
+    def _pure(self, parameters: Any, state: Any, batches: Any, key: mx.array | None) -> Any:
         self.compilations += COMPILES
         backbone, optimizer = self._gemma.backbone, self._optimizer
         backbone.update(parameters)
         optimizer.state = state
-        total, targets = train_step(
-            self._gemma, optimizer, [Batch(**fields) for fields in batches], key=key, **self._how
+        sums, norm = train_step(
+            self._gemma,
+            optimizer,
+            [Batch(**fields) for fields in batches],
+            self._objective,
+            replace(self._options, key=key),
+            self._max_grad_norm,
         )
-        return total, targets, backbone.trainable_parameters(), optimizer.state
+        return _fields(sums), norm, backbone.trainable_parameters(), optimizer.state

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import mlx.core as mx
@@ -26,7 +27,8 @@ import mlx_gemma4 as g4
 from mlx_gemma4.model.names import flat
 from mlx_gemma4.nn import attention as attention_module
 from mlx_gemma4.nn import forward as forward_module
-from mlx_gemma4.train.step import loss_sum
+from mlx_gemma4.nn.head import batch_log_probs
+from mlx_gemma4.objectives.sft import sft
 
 LOGITS, LOSS, GRADS = 1e-4, 1e-5, 1e-3
 
@@ -59,7 +61,7 @@ def assert_exact(
     loss, targets, grads = g4.loss_and_grads(
         gemma, batch, rematerialize=rematerialize, attention=attention
     )
-    assert float(targets) == float(np.array(batch.weights_BT).sum())
+    assert float(targets) == float(np.array(batch.weights_R).sum())
     note("loss", reference, abs(float(loss) / wanted_loss - 1), LOSS)
     assert abs(float(loss) - wanted_loss) < LOSS * abs(wanted_loss)
     ours = inner_grads(flat(grads))
@@ -75,9 +77,8 @@ def ple_grad(gemma: g4.Gemma4, batch: g4.Batch) -> mx.array:
     batch = batch.with_ple_rows(gemma)
 
     def loss(rows: mx.array) -> mx.array:
-        return loss_sum(
-            gemma, g4.Batch(batch.tokens_BT, batch.targets_BT, batch.weights_BT, ple_BTLP=rows)
-        )
+        own = dataclasses.replace(batch, ple_BTLP=rows)
+        return sft(batch_log_probs(gemma, own), own).loss
 
     return mx.grad(loss)(batch.ple_BTLP)
 
@@ -115,14 +116,13 @@ def test_compiled(reference, rematerialize):
         reference_grads(reference, batch),
     )
 
-    def step(tokens, targets, weights, rows):
-        inner = g4.Batch(tokens, targets, weights, ple_BTLP=rows)
+    def step(fields):
+        inner = g4.Batch(**fields)
         loss, _, grads = g4.loss_and_grads(gemma, inner, rematerialize=rematerialize)
         return loss, grads
 
     compiled = mx.compile(step, inputs=gemma.backbone.state)
-    arrays = batch.tokens_BT, batch.targets_BT, batch.weights_BT, batch.ple_BTLP
-    loss, grads = compiled(*arrays)
+    loss, grads = compiled(batch.fields())
     assert abs(float(loss) - wanted_loss) < LOSS * abs(wanted_loss)
     wanted.pop("embed_tokens_per_layer.weight", None)
     assert_same_grads(inner_grads(flat(grads)), wanted, GRADS)

@@ -41,9 +41,9 @@ def shape(request) -> str:
 
 @pytest.fixture(scope="module")
 def base(shape, tmp_path_factory) -> Path:
-    """A checkpoint as Google ships it: towers, and dead K/V on layers that share theirs."""
+    """A checkpoint as Google ships it: encoders, and dead K/V on layers that share theirs."""
     folder = tmp_path_factory.mktemp(shape)
-    build_reference(shape, folder / "saved", towers=shape != "text")
+    build_reference(shape, folder / "saved", encoders=shape != "text")
     config = as_google_writes(json.loads((folder / "saved/config.json").read_text()))
     text = config.get("text_config", config)
     kinds = text["layer_types"]
@@ -130,7 +130,7 @@ def test_mlx_vlm(fused, base, shape):
     from mlx_vlm.utils import load_model
 
     if shape == "text":
-        pytest.skip("mlx-vlm is for checkpoints with towers")
+        pytest.skip("mlx-vlm is for checkpoints with encoders")
     try:
         load_model(base)
     except (ValueError, TypeError, KeyError, ImportError) as error:
@@ -142,7 +142,7 @@ def test_mlx_vlm(fused, base, shape):
 
 
 def test_everything_else_is_the_bases(fused, base):
-    """Towers, dead K/V, embeddings and norms, bit for bit; nothing more and nothing less."""
+    """Encoders, dead K/V, embeddings and norms, bit for bit; nothing more and nothing less."""
     kept = load_file(base / "model.safetensors")
     found = {}
     for path in fused[0].glob("*.safetensors"):

@@ -10,15 +10,15 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
+from adapters import EXPERTS, KINDS, trained
 from helpers import make_lora_nonzero
 from peft import LoraConfig as PeftConfig
 from peft import PeftModel, get_peft_model
 from reference import UNIFIED, VOCAB, Reference, add_tokenizer, build_reference, note
-from test_export import EXPERTS, KINDS, trained
 
 import mlx_gemma4 as g4
 from mlx_gemma4.export import export
-from mlx_gemma4.export.receivers import Transformers
+from mlx_gemma4.lora.formats.transformers import TransformersLibrary
 
 LOGITS = 1e-4
 SHAPES = ["dense", "e2b", "e4b", "moe", "text", *["unified"] * UNIFIED]
@@ -32,12 +32,12 @@ EVERY = [
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory) -> dict[str, Path]:
-    """Checkpoints by shape, with small towers, as transformers saves them."""
+    """Checkpoints by shape, with small encoders, as transformers saves them."""
 
     class Lazily(dict):
         def __missing__(self, shape: str) -> Path:
             self[shape] = tmp_path_factory.mktemp(shape) / "model"
-            build_reference(shape, self[shape], towers=shape != "text")
+            build_reference(shape, self[shape], encoders=shape != "text")
             add_tokenizer(self[shape])
             return self[shape]
 
@@ -45,7 +45,7 @@ def bases(tmp_path_factory) -> dict[str, Path]:
 
 
 def theirs(base: Path, adapter: Path | None, causal: bool = False):
-    model = Transformers(causal).load(base)
+    model = TransformersLibrary(causal).load(base)
     if adapter is None:
         return model
     with warnings.catch_warnings():
@@ -66,9 +66,9 @@ def gap(ours: g4.Gemma4, model) -> float:
 def test_peft_gives_our_logits(bases, tmp_path, shape, kind):
     """The adapter is loaded by hand here, besides what verify does."""
     gemma = trained(bases[shape], {**KINDS, **EXPERTS}[kind])
-    (verdict,) = export(gemma, tmp_path / "out", "peft")
-    assert verdict.by and verdict.by.startswith("peft "), verdict
-    assert verdict.difference < LOGITS and verdict.moved_by > 0.1
+    (proof,) = export(gemma, tmp_path / "out", "peft")
+    assert proof.by and proof.by.startswith("peft "), proof
+    assert proof.difference < LOGITS and proof.moved_by > 0.1
     worst = gap(gemma, theirs(bases[shape], tmp_path / "out"))
     note("PEFT adapter", Reference(shape, None, bases[shape]), worst, LOGITS)
     assert worst < LOGITS
@@ -77,21 +77,21 @@ def test_peft_gives_our_logits(bases, tmp_path, shape, kind):
 @pytest.mark.parametrize(("shape", "kind"), [("e2b", "dora"), ("moe", "experts"), ("text", "lora")])
 def test_the_causal_class(bases, tmp_path, shape, kind):
     gemma = trained(bases[shape], {**KINDS, **EXPERTS}[kind])
-    (verdict,) = export(gemma, tmp_path / "out", "peft-causal")
-    assert verdict.by, verdict
+    (proof,) = export(gemma, tmp_path / "out", "peft-causal")
+    assert proof.by, proof
     model = theirs(bases[shape], tmp_path / "out", causal=True)
     assert type(model.base_model.model).__name__.endswith("ForCausalLM")
     assert gap(gemma, model) < LOGITS
 
 
-def test_no_tower_is_adapted(bases, tmp_path):
+def test_no_encoder_is_adapted(bases, tmp_path):
     gemma = trained(bases["e2b"], KINDS["lora"])
     export(gemma, tmp_path / "out", "peft", verify=False)
     model = theirs(bases["e2b"], tmp_path / "out")
     adapted = {n for n, _ in model.named_parameters() if "lora_" in n}
     assert adapted and not [name for name in adapted if "tower" in name]
-    towers = [n for n, _ in model.named_modules() if "vision_tower" in n and n.endswith("q_proj")]
-    assert towers, "the base has a tower with the same short names"
+    encoders = [n for n, _ in model.named_modules() if "vision_tower" in n and n.endswith("q_proj")]
+    assert encoders, "the base has an encoder with the same short names"
 
 
 # ---------------------------------------------------------------- PEFT's own adapters
@@ -100,7 +100,7 @@ TEXT = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_
 THEIR_KINDS = {
     "lora": {"target_modules": TEXT},
     "rslora-dora": {"target_modules": TEXT, "use_rslora": True, "use_dora": True},
-    # The tower has no layer 1: PEFT refuses the short names of its modules.
+    # The encoder has no layer 1: PEFT refuses the short names of its modules.
     "some-layers": {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1, 4]},
     "patterns": {
         "target_modules": TEXT,
@@ -149,8 +149,8 @@ def test_an_adapter_of_pefts_loads_here(bases, tmp_path, shape, kind):
     gemma = g4.load(bases[shape], adapter=tmp_path / "theirs")
     assert gap(gemma, model) < LOGITS
     assert gap(g4.load(bases[shape]), model) > 0.05
-    (verdict,) = export(gemma, tmp_path / "again", "peft")
-    assert verdict.difference < LOGITS
+    (proof,) = export(gemma, tmp_path / "again", "peft")
+    assert proof.difference < LOGITS
     export(gemma, tmp_path / "mlx", "mlx-lm", verify=False)
     assert gap(g4.load(bases[shape], adapter=tmp_path / "mlx"), model) < LOGITS
 
@@ -175,7 +175,7 @@ def test_peft_merges_to_our_fused_model(bases, tmp_path, shape, kind):
     export(gemma, tmp_path / "adapter", "peft", verify=False)
     merged = theirs(bases[shape], tmp_path / "adapter").merge_and_unload().state_dict()
     export(gemma, tmp_path / "fused", "fused", verify=False)
-    fused = Transformers(causal=False).load(tmp_path / "fused").state_dict()
+    fused = TransformersLibrary().load(tmp_path / "fused").state_dict()
     assert set(fused) == set(merged)
     for name, value in merged.items():
         assert torch.allclose(fused[name], value, rtol=0, atol=1e-5), name

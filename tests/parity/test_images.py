@@ -1,6 +1,8 @@
-"""Who sees whom where there are images: the masks of the forward equal those of transformers."""
+"""Attention masks with images equal those of transformers."""
 
 from __future__ import annotations
+
+import dataclasses
 
 import mlx.core as mx
 import numpy as np
@@ -11,7 +13,10 @@ from helpers import relative_gap
 from reference import note, random_batch
 from test_exact import load
 
-from mlx_gemma4.nn.forward import forward, head
+import mlx_gemma4 as g4
+from mlx_gemma4.nn.batch import StepOptions
+from mlx_gemma4.nn.forward import forward
+from mlx_gemma4.nn.head import logits
 
 IMAGES = [(3, 17), (25, 58)]
 """The second is longer than every window of the small models."""
@@ -25,7 +30,7 @@ def image_numbers(length: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("method", ["plain", "blockwise"])
-def test_positions_of_an_image_see_each_other(reference, method):
+def test_positions_of_an_image_attend_to_each_other(reference, method):
     """In those members, layers and windows in which they do; elsewhere images change nothing."""
     if reference.shape == "text":
         pytest.skip("a text checkpoint has no images")
@@ -42,16 +47,12 @@ def test_positions_of_an_image_see_each_other(reference, method):
             use_cache=False,
         ).logits
         plain = reference.logits(tokens)
-    hidden = forward(
-        gemma.backbone,
-        gemma.plan,
-        tokens,
-        ple_BTLP=gemma.ple_rows(tokens),
+    batch = dataclasses.replace(
+        g4.Batch.of_prompt(tokens).with_ple_rows(gemma),
         images_BT=mx.array(numbers),
         largest_image=40,
-        method=method,
     )
-    ours = head(gemma.backbone, gemma.plan, hidden)
+    ours = logits(gemma, forward(gemma, batch, StepOptions(attention=method)))
     gap = relative_gap(ours, theirs.numpy())
     note("logits with images", reference, gap, 1e-4)
     assert gap < 1e-4

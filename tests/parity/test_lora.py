@@ -15,7 +15,7 @@ from test_exact import GRADS, LOSS, assert_logits, load
 import mlx_gemma4 as g4
 from mlx_gemma4.model.names import flat
 from mlx_gemma4.nn import attention as attention_module
-from mlx_gemma4.nn import loss as loss_module
+from mlx_gemma4.nn import head as head_module
 
 SHAPES = ["dense", "e2b", "e4b", "moe", "text", "unified"] if UNIFIED else [
     "dense", "e2b", "e4b", "moe", "text"
@@ -32,7 +32,7 @@ def reference(request, tmp_path):
 def test_every_adapter_gradient(reference, lean, monkeypatch):
     """Lean: attention and loss in several blocks, every layer run again."""
     monkeypatch.setattr(attention_module, "_BLOCK_BYTES", 1)
-    monkeypatch.setattr(loss_module, "_CHUNK_BYTES", 1)
+    monkeypatch.setattr(head_module, "_CHUNK_BYTES", 1)
     gemma = load(reference)
     mx.random.seed(0)
     gemma.add_lora(g4.LoraConfig(rank=4, alpha=6.0))

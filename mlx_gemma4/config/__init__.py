@@ -1,0 +1,24 @@
+"""The settings of runs and commands, each declared once (schema.py)."""
+
+from .commands import ExportConfig, FitConfig, GenerateConfig, ShowConfig
+from .data import DataConfig
+from .lora import LoraConfig
+from .run import RunConfig
+from .schema import Part, build, flatten, read_arguments, read_yaml
+from .train import TrainConfig
+
+__all__ = [
+    "DataConfig",
+    "ExportConfig",
+    "FitConfig",
+    "GenerateConfig",
+    "LoraConfig",
+    "Part",
+    "RunConfig",
+    "ShowConfig",
+    "TrainConfig",
+    "build",
+    "flatten",
+    "read_arguments",
+    "read_yaml",
+]

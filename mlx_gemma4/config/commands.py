@@ -1,0 +1,62 @@
+"""Settings that single commands have beside those of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from .schema import Settings, setting
+
+__all__ = ["ExportConfig", "FitConfig", "GenerateConfig", "ShowConfig"]
+
+
+@dataclass(frozen=True)
+class GenerateConfig(Settings):
+    """`python -m mlx_gemma4.generate`."""
+
+    adapter: str | None = setting(None, "an adapter folder, such as runs/1/adapter")
+    prompt: str | None = setting(None, "what the user says")
+    system: str | None = setting(None, "what the system turn says")
+    max_tokens: int = setting(256, "the most tokens of an answer", at_least=1)
+    temperature: float = setting(0.0, "0 takes the likeliest token each time", at_least=0.0)
+    top_p: float = setting(
+        1.0, "sample among the likeliest tokens of this total probability", at_least=0.0
+    )
+
+
+@dataclass(frozen=True)
+class ExportConfig(Settings):
+    """`python -m mlx_gemma4.export`."""
+
+    source: str | None = setting(
+        None, "the output folder of a run, or an adapter of ours, mlx-lm, mlx-vlm or PEFT"
+    )
+    format: str = setting("mlx-lm", "which library the export is for")
+    verify: bool = setting(True, "load the export in that library and compare logits")
+    push: str | None = setting(
+        None, "upload it to the Hugging Face Hub as USER/NAME, private by default"
+    )
+    public: bool = setting(False, "make the repository for everyone to see")
+    quantize: str | None = setting(
+        None, "fused: bits per weight, or base for the base's own; default: full precision"
+    )
+    group_size: int = setting(64, "fused: weights that share a scale", at_least=1)
+    floor: float = setting(0.5, "fused: the least cosine of a change that is kept")
+    force: bool = setting(False, "fused: write it below the floor too")
+
+
+@dataclass(frozen=True)
+class FitConfig(Settings):
+    """`python -m mlx_gemma4.fit`."""
+
+    bits: Literal[4, 8] | None = setting(None, "as if the weights were quantized to so many bits")
+    table: bool = setting(True, "print peaks by length and precision too")
+
+
+@dataclass(frozen=True)
+class ShowConfig(Settings):
+    """`python -m mlx_gemma4.data`."""
+
+    show: int = setting(0, "print the first N examples", at_least=0)
+    html: str | None = setting(None, "write the same as a page, with examples")
+    json: bool = setting(False, "print the figures as JSON")

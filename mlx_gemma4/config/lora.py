@@ -1,0 +1,79 @@
+"""What LoRA adapts, and how."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..errors import ConfigError
+from .schema import Settings, flatten, setting
+
+__all__ = ["LoraConfig"]
+
+
+@dataclass(frozen=True)
+class LoraConfig(Settings):
+    """LoRA: y = W x + (alpha / rank) B A x (Hu et al. 2021, arXiv:2106.09685, section 4.1).
+
+    The words are PEFT's: rsLoRA divides by the root of the rank (Kalajdzievski 2023,
+    arXiv:2312.03732), DoRA learns each row's length apart from its direction (Liu et al. 2024,
+    arXiv:2402.09353), and patterns give single modules a rank or alpha of their own.
+    """
+
+    rank: int = setting(8, "rank of the adapters", prefix="lora_", at_least=1)
+    alpha: float = setting(
+        16.0, "the update is scaled by alpha / rank", prefix="lora_", at_least=0.0
+    )
+    dropout: float = setting(
+        0.0, "share of an adapter's inputs dropped", prefix="lora_", at_least=0.0
+    )
+    targets: tuple[str, ...] = setting(
+        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        "modules to adapt: short names, paths within a layer, or `experts`",
+        prefix="lora_",
+    )
+    num_layers: int = setting(-1, "adapt only the last N layers; -1 is all", at_least=-1)
+    use_rslora: bool = setting(False, "scale by alpha / sqrt(rank), for high ranks")
+    use_dora: bool = setting(False, "learn the length of each weight row too (DoRA)")
+    rank_pattern: Mapping[str, int] | None = setting(
+        None, "ranks of single modules, in the words of lora_targets: down_proj=4"
+    )
+    alpha_pattern: Mapping[str, float] | None = setting(
+        None, "alphas of single modules: q_proj=32 layers.0.mlp.up_proj=8"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key, least in (("rank_pattern", 1), ("alpha_pattern", 0)):
+            for name, value in (getattr(self, key) or {}).items():
+                if not least <= value < math.inf:
+                    raise ConfigError(
+                        f"{key} gives {name} {value}",
+                        wanted=f"{least} or more",
+                        do=f"change {key}",
+                    )
+        if not self.dropout < 1:
+            raise ConfigError(
+                f"lora_dropout is {self.dropout}", wanted="below 1", do="change lora_dropout"
+            )
+        if self.num_layers == 0:
+            raise ConfigError(
+                "num_layers is 0", wanted="1 or more, or -1 for all", do="change num_layers"
+            )
+        if not self.targets:
+            raise ConfigError(
+                "lora_targets is empty", wanted="at least one module", do="name a target"
+            )
+
+    def __hash__(self) -> int:
+        return hash(repr(sorted(flatten(self).items(), key=lambda pair: pair[0])))
+
+    @property
+    def scale(self) -> float:
+        """The factor on the low-rank update: alpha / rank, with rsLoRA alpha / sqrt(rank)."""
+        return self.scale_of(self.rank, self.alpha)
+
+    def scale_of(self, rank: int, alpha: float) -> float:
+        """The factor for a module's own rank and alpha."""
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)

@@ -1,0 +1,277 @@
+"""One declaration of a setting: its type, default and help are a flag, a YAML key and a field.
+
+A setting is a field of a frozen dataclass. Its name, its flag and its YAML key are one word:
+`batch_size` is `--batch-size` and `batch_size:`. A command is a list of settings
+(`read_arguments`). A flag wins over the YAML file, the file over the default.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from ..errors import ConfigError
+
+__all__ = ["Part", "Settings", "build", "flatten", "read_arguments", "read_yaml", "setting"]
+
+
+def setting(default: Any, help: str, *, prefix: str = "", at_least: float | None = None) -> Any:
+    """A field of `Settings`.
+
+    Args:
+        default: None where there is none.
+        help: one line for --help.
+        prefix: stands before the name outside Python: `rank` is `lora_rank`.
+        at_least: the smallest value of a number.
+    """
+    return field(default=default, metadata={"help": help, "prefix": prefix, "at_least": at_least})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Checks types and bounds of every field when it is made, whoever makes it."""
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for item in dataclasses.fields(self):
+            value = _coerce(getattr(self, item.name), hints[item.name], _key(item))
+            lower = item.metadata["at_least"]
+            if lower is not None and value is not None and not lower <= value < math.inf:
+                raise ConfigError(
+                    f"{_key(item)} is {value}",
+                    wanted=f"{lower} or more",
+                    do=f"change {_key(item)}",
+                )
+            object.__setattr__(self, item.name, value)
+
+
+def _key(item: dataclasses.Field) -> str:
+    return item.metadata["prefix"] + item.name
+
+
+def _coerce(value: Any, kind: Any, key: str) -> Any:
+    """`value` as the type that a field declares; YAML's `1e-4` is text and becomes a number."""
+    origin, options = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in options:
+            return None
+        kinds = [kind for kind in options if kind is not type(None)]
+        fitting = type(value) if type(value) in kinds else kinds[0]
+        return _coerce(value, fitting, key)
+    if origin is Literal:
+        if value in options:
+            return value
+        wanted = "one of " + ", ".join(map(str, options))
+    elif origin is tuple:
+        if isinstance(value, str):
+            value = value.replace(",", " ").split()
+        if isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):
+            return tuple(value)
+        wanted = "a list of names"
+    elif origin is Mapping:
+        if isinstance(value, (list, tuple)) and all("=" in str(pair) for pair in value):
+            value = {name: _number(text) for name, _, text in (p.rpartition("=") for p in value)}
+        if isinstance(value, Mapping) and all(isinstance(name, str) for name in value):
+            return {name: _coerce(v, options[1], f"{key}.{name}") for name, v in value.items()}
+        wanted = "names with numbers, such as q_proj=16 down_proj=4"
+    elif kind is bool:
+        if isinstance(value, bool):
+            return value
+        wanted = "true or false"
+    elif kind is int:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+        wanted = "a whole number"
+    elif kind is float:
+        wanted = "a number"
+        if not isinstance(value, bool):
+            try:
+                return float(value)
+            except (TypeError, ValueError):
+                pass
+    elif isinstance(value, (str, Path)):
+        return str(value)
+    else:
+        wanted = "text"
+    raise ConfigError(f"{key} is {value!r}", wanted=wanted, do=f"change {key}")
+
+
+def _number(text: str) -> int | float | str:
+    """A flag's number; what is none stays text, for the message."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The settings in a YAML file, as a flat mapping of keys to values."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"cannot read {path}: {error}", wanted="a YAML file", do="check the path"
+        ) from error
+    except yaml.YAMLError as error:
+        raise ConfigError(
+            f"{path} is not YAML: {error}", wanted="lines of `key: value`", do="mend the file"
+        ) from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(
+            f"{path} holds a {type(content).__name__}",
+            wanted="lines of `key: value`",
+            do="mend the file",
+        )
+    return content
+
+
+def build(
+    groups: Sequence[type[Settings]], values: Mapping[str, Any], source: str
+) -> tuple[Any, ...]:
+    """An instance of every group from one flat mapping; an unknown key is an error.
+
+    Args:
+        groups: the dataclasses that the mapping may fill.
+        values: keys as in YAML.
+        source: where the values come from, for the message.
+    """
+    known = {_key(item) for group in groups for item in dataclasses.fields(group)}
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            raise ConfigError(
+                f"unknown key {key!r} in {source}",
+                wanted="one of " + ", ".join(sorted(known)),
+                do=f"did you mean {near[0]!r}?" if near else "remove it",
+            )
+    return tuple(
+        group(
+            **{
+                item.name: values[_key(item)]
+                for item in dataclasses.fields(group)
+                if _key(item) in values
+            }
+        )
+        for group in groups
+    )
+
+
+def flatten(*settings: Settings) -> dict[str, Any]:
+    """The settings as one flat mapping, the way a YAML file holds them."""
+    pairs = {
+        _key(item): getattr(group, item.name)
+        for group in settings
+        for item in dataclasses.fields(group)
+    }
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in pairs.items()}
+
+
+class Part(NamedTuple):
+    """Settings of a command: those of a group, or only some of its fields.
+
+    Attributes:
+        group: a dataclass of settings.
+        title: over its flags in --help.
+        only: names of fields; empty for all.
+        positional: names of fields that are given without a flag.
+        help: help of its own for single fields, where the command means something else by them.
+    """
+
+    group: type[Settings]
+    title: str
+    only: tuple[str, ...] = ()
+    positional: tuple[str, ...] = ()
+    help: Mapping[str, str] = types.MappingProxyType({})
+
+
+def read_arguments(
+    name: str,
+    description: str,
+    parts: Sequence[Part],
+    arguments: Sequence[str] | None = None,
+    *,
+    usage: str | None = None,
+    yaml_groups: Sequence[type[Settings]] = (),
+) -> dict[str, Any]:
+    """What was given on a command line, by key; `build` makes settings of it.
+
+    Args:
+        name: of the module that `python -m` runs.
+        description: for --help.
+        parts: the settings that the command has.
+        arguments: the command line's words; None is sys.argv's.
+        usage: for --help, after `python -m NAME`.
+        yaml_groups: settings that a file named with --config may hold; empty for no such flag.
+
+    Raises:
+        ConfigError: a file that cannot be read, or holds an unknown key or a wrong value.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {name}",
+        usage=usage and f"python -m {name} {usage}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    if yaml_groups:
+        parser.add_argument(
+            "-c",
+            "--config",
+            metavar="FILE",
+            help="a YAML file of these settings; flags win over it",
+        )
+    for part in parts:
+        _add_flags(parser, part)
+    given = vars(parser.parse_args(arguments))
+    path = given.pop("config", None)
+    from_file = read_yaml(path) if path else {}
+    build(yaml_groups, from_file, str(path))
+    return {**from_file, **given}
+
+
+def _add_flags(parser: argparse.ArgumentParser, part: Part) -> None:
+    """One flag per field; a flag that is not given leaves no value."""
+    section = parser.add_argument_group(part.title)
+    hints = typing.get_type_hints(part.group)
+    for item in dataclasses.fields(part.group):
+        if part.only and item.name not in part.only:
+            continue
+        kind, key = hints[item.name], _key(item)
+        options: dict[str, Any] = {"default": argparse.SUPPRESS}
+        default = "" if item.default is None else f" (default: {_shown(item.default)})"
+        options["help"] = part.help.get(item.name, item.metadata["help"]) + default
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif typing.get_origin(kind) is Literal:
+            options["choices"] = typing.get_args(kind)
+        elif typing.get_origin(kind) is tuple:
+            options.update(nargs="+", metavar="NAME")
+        elif any(typing.get_origin(k) is Mapping for k in typing.get_args(kind)):
+            options.update(nargs="+", metavar="NAME=N")
+        else:
+            inner = next((k for k in typing.get_args(kind) if k is not type(None)), kind)
+            options.update(type=inner, metavar={int: "N", float: "X"}.get(inner, "TEXT"))
+        if item.name in part.positional:
+            section.add_argument(key, **options | {"metavar": key.upper()})
+        else:
+            section.add_argument("--" + key.replace("_", "-"), dest=key, **options)
+
+
+def _shown(default: Any) -> str:
+    if isinstance(default, bool):
+        return "yes" if default else "no"
+    return " ".join(default) if isinstance(default, tuple) else str(default)

@@ -1,0 +1,99 @@
+"""How a run goes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ..errors import ConfigError
+from .schema import Settings, setting
+
+__all__ = ["TrainConfig"]
+
+
+@dataclass(frozen=True)
+class TrainConfig(Settings):
+    """How the run goes. An iteration is one optimizer step."""
+
+    fine_tune_type: Literal["lora", "full"] = setting(
+        "lora", "train LoRA adapters, or every weight of the language model"
+    )
+    iters: int | None = setting(None, "optimizer steps; default: one epoch", at_least=1)
+    epochs: float | None = setting(
+        None, "passes over the training examples, instead of iters", at_least=0.0
+    )
+    packing: bool = setting(
+        True,
+        "put several examples into a row of max_seq_length tokens; none sees another. "
+        "Without it every example is a row",
+    )
+    batch_size: int = setting(1, "rows in a batch", at_least=1)
+    grad_accumulation_steps: int = setting(
+        1, "batches summed into one optimizer step, weighted by their target tokens", at_least=1
+    )
+    optimizer: Literal["adam", "adamw", "adafactor", "lion", "muon", "sgd"] = setting(
+        "adam", "from mlx.optimizers"
+    )
+    learning_rate: float = setting(1e-4, "the optimizer's learning rate", at_least=0.0)
+    lr_schedule: Literal["constant", "linear", "cosine"] = setting(
+        "constant", "how the learning rate falls over the run"
+    )
+    min_learning_rate: float = setting(0.0, "where a linear or cosine schedule ends", at_least=0.0)
+    warmup_steps: int = setting(0, "steps over which the learning rate rises first", at_least=0)
+    weight_decay: float = setting(
+        0.0, "of matrices; norms, biases and other vectors do not decay", at_least=0.0
+    )
+    max_grad_norm: float | None = setting(
+        None, "clip gradients to this global norm; default: no clipping", at_least=0.0
+    )
+    rematerialize: str | int = setting(
+        "auto",
+        "gradient checkpointing: how many layers, from the first, keep only their input and run "
+        "again in the backward pass; none, all, a number, or auto: as many as the memory asks for",
+    )
+    memory: str | None = setting(
+        None, "what the run may take, such as 16GB; default: what this machine has"
+    )
+    attention: Literal["auto", "plain", "blockwise"] = setting(
+        "auto", "form all attention scores at once, or block by block; the values are the same"
+    )
+    seed: int = setting(0, "the order of examples, LoRA's start and dropout", at_least=0)
+    report_every: int = setting(10, "steps between lines in metrics.jsonl", at_least=1)
+    eval_every: int = setting(200, "steps between evaluations on valid.jsonl", at_least=1)
+    val_batches: int | None = setting(
+        None, "batches of an evaluation; default: all of valid.jsonl", at_least=1
+    )
+    save_every: int = setting(100, "steps between checkpoints", at_least=1)
+    keep_checkpoints: int = setting(
+        2, "newest checkpoints to keep, beside the best by validation loss", at_least=1
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.iters is not None and self.epochs is not None:
+            raise ConfigError(
+                f"iters is {self.iters} and epochs is {self.epochs}",
+                wanted="one of them",
+                do="leave out iters or epochs",
+            )
+        if self.weight_decay and self.optimizer == "adam":
+            raise ConfigError(
+                f"weight_decay is {self.weight_decay} and optimizer is adam",
+                wanted="an optimizer that has weight decay",
+                do="take optimizer adamw, or leave out weight_decay",
+            )
+        if self.min_learning_rate > self.learning_rate:
+            raise ConfigError(
+                f"min_learning_rate is {self.min_learning_rate}",
+                wanted=f"at most learning_rate, {self.learning_rate}",
+                do="change one of them",
+            )
+        # "layer" is the earlier word for all.
+        word = "all" if self.rematerialize == "layer" else str(self.rematerialize)
+        object.__setattr__(self, "rematerialize", word)
+        if word not in ("none", "all", "auto") and not word.isdecimal():
+            raise ConfigError(
+                f"rematerialize is {word!r}",
+                wanted="none, all, auto or a number of layers",
+                do="change rematerialize",
+            )

@@ -1,0 +1,1 @@
+"""Examples -> batches: which share a row, and the arrays of a batch."""

@@ -1,0 +1,92 @@
+"""Examples -> the arrays of a batch: padding, packed rows, and the list of targets.
+
+Shapes: B rows, T positions, R targets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+import numpy as np
+
+from ...nn.batch import Batch
+from ..example import Example
+from .order import bucket, longest_bound, padded_length
+
+__all__ = ["collate", "collate_alike"]
+
+
+def collate(rows: Sequence[Example | Sequence[Example]], pad_token: int = 0) -> Batch:
+    """Examples as one batch, padded on the right.
+
+    Args:
+        rows: an example is a row of its own; a list of examples is one packed row, in which no
+            example attends to another.
+        pad_token: what fills the rest of a row.
+
+    >>> import numpy as np
+    >>> from mlx_gemma4.data.example import Example
+    >>> one = Example(np.array([2, 7, 8]), np.array([False, False, True]), "rows.jsonl:1")
+    >>> two = Example(np.array([2, 9]), np.array([False, True]), "rows.jsonl:2")
+    >>> batch = collate([[one, two]])
+    >>> batch.tokens_BT[0, :3].tolist(), batch.targets_R[:2].tolist()
+    ([2, 7, 2], [8, 9])
+    >>> batch.positions_R[:2].tolist(), batch.sequences_R[:2].tolist()
+    ([1, 2], [0, 1])
+    """
+    return collate_alike([rows], pad_token)[0]
+
+
+def collate_alike(
+    batches: Sequence[Sequence[Example | Sequence[Example]]], pad_token: int = 0
+) -> list[Batch]:
+    """`collate` for each of the batches of a step, in shapes that they share."""
+    parts = [[[row] if isinstance(row, Example) else list(row) for row in rows] for rows in batches]
+    every = [row for rows in parts for row in rows]
+    examples = [[example for row in rows for example in row] for rows in parts]
+    longest = max(len(example) - 1 for row in every for example in row)
+    T = padded_length(max(sum(len(example) - 1 for example in row) for row in every))
+    # Room for the sum of every sequence, even where an example has no target.
+    R = bucket(max(max(len(es), sum(e.num_targets for e in es)) for es in examples), 64)
+    packed = any(len(row) > 1 for row in every)
+    bound = longest_bound(longest, T) if packed else None
+    return [_collate(rows, pad_token, T, R, packed, bound) for rows in parts]
+
+
+def _collate(
+    rows: list[list[Example]], pad_token: int, T: int, R: int, packed: bool, bound: int | None
+) -> Batch:
+    tokens_BT = np.full((len(rows), T), pad_token, np.int32)
+    segments_BT = np.zeros((len(rows), T), np.int32)
+    targets, positions, sequences = [], [], []
+    sequence = 0
+    for b, row in enumerate(rows):
+        start = 0
+        for segment, example in enumerate(row):
+            end = start + len(example) - 1
+            tokens_BT[b, start:end] = example.tokens[:-1]
+            segments_BT[b, start:end] = segment
+            places = np.flatnonzero(example.mask[1:])  # the position before each target
+            targets.append(example.tokens[1:][places])
+            positions.append(b * T + start + places)
+            sequences.append(np.full(len(places), sequence))
+            start, sequence = end, sequence + 1
+        segments_BT[b, start:] = len(row)
+
+    count = sum(map(len, targets))
+
+    def filled(parts: list[np.ndarray]) -> mx.array:
+        """(R,), filled up by repeating the last."""
+        values = np.concatenate(parts) if count else np.zeros(1, np.int64)
+        return mx.array(values[np.minimum(np.arange(R), len(values) - 1)].astype(np.int32))
+
+    return Batch(
+        tokens_BT=mx.array(tokens_BT),
+        targets_R=filled(targets),
+        weights_R=mx.array((np.arange(R) < count).astype(np.float32)),
+        positions_R=filled(positions),
+        sequences_R=filled(sequences),
+        segments_BT=mx.array(segments_BT) if packed else None,
+        longest=bound,
+    )

@@ -1,0 +1,177 @@
+"""Which examples share a row, and which rows a batch: the plan of a split, and its shapes.
+
+A batch has rows, a packed row has several examples. The order of an epoch follows from the seed and
+its number alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from ..example import Example
+from ..store.arrays import lengths_of
+
+__all__ = ["BatchOrder", "Rows", "bucket", "longest_bound", "pack", "padded_length"]
+
+Rows = list[list[int]]
+"""The rows of a batch, each the indices of the examples in it."""
+
+_WINDOW = 32
+"""Batches within which unpacked examples are sorted by length, so that those of a length meet."""
+
+
+def pack(lengths: Sequence[int], capacity: int) -> Rows:
+    """Put lengths, in their order, into rows that hold `capacity`: each where it leaves least room.
+
+    The best-fit heuristic of bin packing (Johnson 1973), in time linear in the number of lengths.
+
+    Raises:
+        ValueError: a length over the capacity.
+
+    >>> pack([5, 3, 4, 2], capacity=8)
+    [[0, 1], [2, 3]]
+    """
+    rows: Rows = []
+    open_rows: list[list[int]] = [[] for _ in range(capacity + 1)]  # by the room that they have
+    rooms = 0  # bit i is set while a row has room for exactly i
+    for index, length in enumerate(lengths):
+        if not 0 < length <= capacity:
+            raise ValueError(f"length {length} for rows of {capacity}")
+        fitting = rooms >> length
+        if fitting:
+            room = length + (fitting & -fitting).bit_length() - 1
+            row = open_rows[room].pop()
+            if not open_rows[room]:
+                rooms ^= 1 << room
+        else:
+            room, row = capacity, len(rows)
+            rows.append([])
+        rows[row].append(index)
+        if room > length:
+            open_rows[room - length].append(row)
+            rooms |= 1 << room - length
+    return rows
+
+
+class BatchOrder:
+    """The batches of every epoch: each example once an epoch, the tail included.
+
+    Args, and attributes:
+        lengths: positions that each example takes.
+        batch_size: rows in a batch; the last batch of an epoch may have fewer.
+        seed: with an epoch's number, all that its order depends on.
+        capacity: positions of a packed row; None gives every example a row of its own, beside
+            others of about its length.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int] | np.ndarray,
+        batch_size: int,
+        seed: int,
+        capacity: int | None = None,
+    ):
+        self.lengths = np.asarray(lengths, np.int64)
+        self.batch_size, self._seed, self.capacity = batch_size, seed, capacity
+
+    @classmethod
+    def of(
+        cls,
+        examples: Sequence[Example],
+        max_seq_length: int,
+        batch_size: int = 1,
+        packing: bool = True,
+        seed: int = 0,
+    ) -> BatchOrder:
+        """The batches of a split: what is decided about its rows is decided here.
+
+        An example takes a position less than it has tokens: nothing follows its last. A packed row
+        has `max_seq_length` positions, or as many as the longest example takes.
+
+        >>> import numpy as np
+        >>> from mlx_gemma4.data.example import Example
+        >>> some = [Example(np.arange(n), np.ones(n, bool), "here") for n in (6, 4, 5)]
+        >>> order = BatchOrder.of(some, max_seq_length=8)
+        >>> order.capacity, order.in_file_order()
+        (8, [[[0, 1]], [[2]]])
+        """
+        positions = lengths_of(examples) - 1
+        capacity = max(max_seq_length, positions.max(initial=0)) if packing else None
+        return cls(positions, batch_size, seed, None if capacity is None else int(capacity))
+
+    def largest_batch(self) -> tuple[int, int, int | None]:
+        """(rows, positions of each, bound on the longest example) that no batch exceeds."""
+        longest = int(self.lengths.max(initial=1))
+        if self.capacity is None:
+            return min(self.batch_size, len(self.lengths)), padded_length(longest), None
+        length = padded_length(min(self.capacity, int(self.lengths.sum())))
+        return min(self.batch_size, len(self.lengths)), length, longest_bound(longest, length)
+
+    def padding_of(self, rows: Rows) -> int:
+        """Positions of a batch that hold no example."""
+        filled = [int(self.lengths[row].sum()) for row in rows]
+        return len(rows) * padded_length(max(filled)) - sum(filled)
+
+    def in_file_order(self) -> list[Rows]:
+        """The batches of an evaluation: every example once, in the order of the files."""
+        rows = [[i] for i in range(len(self.lengths))]
+        if self.capacity is not None:
+            rows = pack(self.lengths.tolist(), self.capacity)
+        return [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
+
+    def epoch(self, number: int) -> list[Rows]:
+        """The batches of an epoch."""
+        random = np.random.default_rng([self._seed, number])
+        order = random.permutation(len(self.lengths))
+        size = self.batch_size
+        if self.capacity is not None:
+            packed = pack(self.lengths[order].tolist(), self.capacity)
+            rows = [order[packed[i]].tolist() for i in random.permutation(len(packed))]
+            return [rows[i : i + size] for i in range(0, len(rows), size)]
+        batches = []
+        for start in range(0, len(order), size * _WINDOW):
+            window = order[start : start + size * _WINDOW]
+            rows = [[int(i)] for i in window[np.argsort(self.lengths[window], kind="stable")]]
+            batches += [rows[i : i + size] for i in range(0, len(rows), size)]
+        return [batches[i] for i in random.permutation(len(batches))]
+
+    def num_batches(self, epochs: float) -> int:
+        """Batches in so many epochs, the last of which may be a part."""
+        whole = int(epochs)
+        count = sum(len(self.epoch(number)) for number in range(whole))
+        if epochs > whole:
+            count += math.ceil((epochs - whole) * len(self.epoch(whole)))
+        return count
+
+    def batches(self, start: int = 0) -> Iterator[tuple[int, Rows]]:
+        """(number, rows) of batch `start`, `start + 1`, ... without end, numbered across epochs."""
+        number = epoch = 0
+        while True:
+            for rows in self.epoch(epoch):
+                if number >= start:
+                    yield number, rows
+                number += 1
+            epoch += 1
+
+
+# ---------------------------------------------------------------- few shapes: each is compiled
+
+
+def padded_length(positions: int) -> int:
+    """The length of a batch whose longest row has so many positions."""
+    return bucket(positions, 32)
+
+
+def longest_bound(longest: int, length: int) -> int | None:
+    """The bound on examples of packed rows: a power of two, so that few occur, or None for all."""
+    bound = max(64, 1 << (longest - 1).bit_length())
+    return bound if bound < length else None
+
+
+def bucket(count: int, least: int) -> int:
+    """The next multiple of `least`, or of a quarter of the power of two below, if that is more."""
+    step = max(least, 1 << max(0, count.bit_length() - 3))
+    return -(-count // step) * step

@@ -1,0 +1,313 @@
+"""Rows -> token ids and loss masks, through the model's own chat template.
+
+The tokens are those of `apply_chat_template` (render.py). What the model says in them is read from
+the markers around its turns, and held against what the row says (spans.py). Nothing is derived from
+a prompt's length: the larger members' templates put an empty thought into the generation prompt,
+which the full rendering does not have.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...config import DataConfig
+from ...errors import DataError
+from ..example import Encoded, Example, Facts, origin_of
+from ..read.records import Raw, row_error
+from .formats import Row, RowOptions, column_map, row_of
+from .render import Rendering, render
+from .spans import (
+    MARKERS,
+    TURN,
+    Mark,
+    Span,
+    between_tool_results,
+    check_against_generation,
+    check_against_row,
+    find_marks,
+    model_turns,
+    user_turns,
+)
+
+__all__ = ["Chunk", "Encoder", "Task", "encode", "encode_chunk"]
+
+
+# ---------------------------------------------------------------- many rows
+
+
+@dataclass(frozen=True)
+class Task:
+    """What does not change from row to row.
+
+    Attributes:
+        tokenizer: the transformers tokenizer.
+        vocab_size: ids at or above it are refused.
+        config: how rows become examples.
+    """
+
+    tokenizer: Any
+    vocab_size: int
+    config: DataConfig
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some raw rows of one source.
+
+    Attributes:
+        place: what stands before a row's number in messages.
+        folder: where paths of media begin.
+        rows: (number, raw row).
+    """
+
+    place: str
+    folder: Path | None
+    rows: list[tuple[int, Raw]]
+
+
+def encode_chunk(task: Task, chunk: Chunk) -> Encoded:
+    """The examples of some rows, tokenized in one call.
+
+    Raises:
+        DataError: the first row that cannot be used, unless such rows are to be skipped.
+    """
+    config, facts = task.config, Facts()
+    encoder = Encoder(task.tokenizer, config.train_on, config.thinking)
+    options = RowOptions(column_map(config.columns), chunk.folder, config.media_anywhere)
+    errors: dict[int, DataError] = {}
+
+    rendered: dict[int, Rendering] = {}
+    for i, (number, raw) in enumerate(chunk.rows):
+        try:
+            row = row_of(raw, origin_of(chunk.place, number), options)
+            rendered[i] = render(row, task.tokenizer, config.thinking, encoder.ends)
+        except DataError as error:
+            errors[i] = error
+            if config.on_bad_row == "error":
+                break  # a row before it may still fail below
+    tokens = encoder.tokenize([rendering.text for rendering in rendered.values()])
+    examples, numbers = [], []
+    for (i, rendering), ids in zip(rendered.items(), tokens):
+        try:
+            example = encoder.example(rendering, ids, facts.notes)
+            fitted = _fit(example, task)
+        except DataError as error:
+            errors[i] = error
+            continue
+        facts.shapes[rendering.row.shape] += 1
+        if fitted is None:
+            facts.skipped += 1
+            continue
+        facts.truncated += fitted is not example
+        examples.append(fitted)
+        numbers.append(chunk.rows[i][0])
+    for _, first in sorted(errors.items()):
+        if config.on_bad_row == "error":
+            raise first
+        facts.add(Facts(bad=1, bad_rows=[first.found]))
+    return Encoded.of(examples, numbers, facts)
+
+
+def _fit(example: Example, task: Task) -> Example | None:
+    """The example within max_seq_length, or None to skip it."""
+    highest, length = int(np.max(example.tokens)), task.config.max_seq_length
+    if highest >= task.vocab_size:
+        raise row_error(
+            f"{example.origin} has the token id {highest}",
+            f"ids below {task.vocab_size}, the model's vocabulary",
+            "use the tokenizer of the checkpoint",
+        )
+    if len(example) <= length:
+        return example
+    if task.config.overlong == "skip":
+        return None
+    if task.config.overlong == "error":
+        raise row_error(
+            f"{example.origin} has {len(example):,} tokens",
+            f"at most max_seq_length, {length:,}",
+            "raise max_seq_length, or set overlong to skip or truncate",
+        )
+    kept = np.arange(length)
+    if task.config.truncate_from == "start":
+        kept = np.concatenate([[0], np.arange(len(example) - length + 1, len(example))])
+    cut = replace(example, tokens=example.tokens[kept], mask=example.mask[kept])
+    return cut if cut.num_targets else None
+
+
+# ---------------------------------------------------------------- one row
+
+
+def encode(
+    row: Row,
+    tokenizer: Any,
+    train_on: str,
+    thinking: str = "keep",
+    notes: Counter[str] | None = None,
+) -> Example:
+    """Tokens of a row, and which of them are targets.
+
+    A text row is `<bos> text <eos>`, and every token is a target. Of a conversation the targets
+    are what the model says: text, reasoning and tool calls, with the tokens that end a turn or hand
+    over to a tool. `train_on` says which of it: all ("assistant"), what follows the last question
+    ("completion"), or what follows the last question or tool result ("last"); "all" is every token
+    of the row. An assistant turn with `"train": False` never is a target.
+
+    Args:
+        row: a conversation or a text.
+        tokenizer: with the model's chat template.
+        train_on: "assistant", "last", "completion" or "all".
+        thinking: "keep" makes reasoning a target, "mask" shows it to the model and does not, "drop"
+            takes it out before rendering.
+        notes: counts what a person should know, such as reasoning that the template leaves out.
+
+    Raises:
+        DataError: no target token, or a template that does not render what the row says.
+
+    >>> from mlx_gemma4.data.chat.formats import Row
+    >>> from mlx_gemma4.model.tokenizer import load_tokenizer
+    >>> turns = {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}
+    >>> tokenizer = load_tokenizer(tiny)
+    >>> example = encode(Row("chat", turns, "", "rows.jsonl:1"), tokenizer, "assistant")
+    >>> tokenizer.decode(example.tokens[example.mask])
+    'Hi<turn|>'
+    """
+    encoder = Encoder(tokenizer, train_on, thinking)
+    rendering = render(row, tokenizer, thinking, encoder.ends)
+    [tokens] = encoder.tokenize([rendering.text])
+    return encoder.example(rendering, tokens, Counter() if notes is None else notes)
+
+
+class Encoder:
+    """A tokenizer, what of it every row asks for, and which tokens are targets.
+
+    Args:
+        tokenizer, train_on, thinking: as for `encode`.
+
+    Attributes:
+        ends: `<bos>` and `<eos>`.
+    """
+
+    def __init__(self, tokenizer: Any, train_on: str, thinking: str):
+        self._tokenizer, self._train_on, self._thinking = tokenizer, train_on, thinking
+        self.ends = tokenizer.bos_token, tokenizer.eos_token
+        self._bos_id, unknown = tokenizer.bos_token_id, tokenizer.unk_token_id
+        ids = {marker: tokenizer.convert_tokens_to_ids(marker) for marker in MARKERS}
+        self._ids = {marker: i for marker, i in ids.items() if i not in (None, unknown)}
+        self._is_marker = np.zeros(len(tokenizer), bool)
+        self._is_marker[list(self._ids.values())] = True
+        # The tokens of "model" and the line's end, which stand after `<|turn>`.
+        self._header = self.tokenize([TURN + "model\n"])[0].tolist()[1:]
+
+    def tokenize(self, texts: list[str]) -> list[np.ndarray]:
+        """The ids that `tokenizer(texts)` gives, without the lists that nobody reads."""
+        backend = self._tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, np.int32) for encoding in encodings]
+
+    def example(self, rendering: Rendering, tokens: np.ndarray, notes: Counter[str]) -> Example:
+        """A rendering and its tokens as an example.
+
+        Raises:
+            DataError: as of `encode`.
+        """
+        self._require_one_bos(tokens, rendering.row.origin)
+        if rendering.messages:
+            mask, dropped = self._mask(rendering, tokens)
+        else:
+            mask, dropped = np.ones(len(tokens), bool), 0
+        for count, what in (
+            (dropped, "texts of reasoning left out by the chat template"),
+            (rendering.removed, "texts of reasoning left out, as thinking is drop"),
+            (bool(rendering.quoted), "rows with markers of the chat template in their own text"),
+        ):
+            if count:
+                notes[what] += int(count)
+        return Example(tokens, mask, rendering.row.origin)
+
+    def _mask(self, rendering: Rendering, tokens: np.ndarray) -> tuple[np.ndarray, int]:
+        """The loss mask, and how many texts of reasoning the template left out."""
+        origin = rendering.row.origin
+        marks = self._locate(rendering.text, tokens, origin)
+        marks = [mark for mark in marks if mark.char not in rendering.quoted]
+        turns = model_turns(rendering.text, marks, len(tokens), len(self._header))
+        may_train, dropped = check_against_row(rendering.messages, turns, origin)
+        if rendering.generated is not None:
+            generated = np.array(rendering.generated, bool)
+            check_against_generation(
+                tokens, turns, generated, self._thinking, origin, self._tokenizer
+            )
+        mask = np.zeros(len(tokens), bool)
+        if self._train_on == "all":
+            mask[:] = True
+        else:
+            for span in self._chosen(turns, user_turns(rendering.text, marks)):
+                mask[span.first : span.last] |= span.kind != "response"
+        for turn, trained in zip(turns, may_train):
+            for span in turn:
+                masked = span.kind == "thought" and (self._thinking == "mask" or not span.text)
+                if masked or not trained:
+                    mask[span.first : span.last] = False
+        if not mask[1:].any():
+            raise row_error(
+                f"{origin} has no target token",
+                "an assistant turn to learn",
+                "add the answer, or remove the line",
+            )
+        return mask, dropped
+
+    def _chosen(self, turns: list[list[Span]], questions: list[int]) -> Iterable[Span]:
+        """The spans of the model turns that `train_on` names."""
+        turns = [turn for turn in turns if turn]
+        if self._train_on == "assistant" or not turns:
+            return chain(*turns)
+        if self._train_on == "last":
+            return between_tool_results(turns[-1])[-1]
+        asked = max((place for place in questions if place < turns[-1][0].first), default=-1)
+        return chain(*(turn for turn in turns if turn[0].first > asked))
+
+    def _require_one_bos(self, tokens: np.ndarray, origin: str) -> None:
+        """Refuse a row unless its first token, and no other, is `<bos>`."""
+        count, bos = np.count_nonzero(tokens == self._bos_id), self.ends[0]
+        if count != 1 or tokens[0] != self._bos_id:
+            raise row_error(
+                f"{origin} has {count} {bos} tokens when rendered",
+                "one, at the start",
+                f"remove {bos} from the row's text" if count else "use Gemma 4's template",
+            )
+
+    def _locate(self, text: str, tokens: np.ndarray, origin: str) -> list[Mark]:
+        """The markers of a text with their tokens: the nth marker is the nth such token.
+
+        Raises:
+            DataError: a marker is joined with other text, or a model turn's opening with what
+                follows it.
+        """
+        marks = [mark for mark in find_marks(text) if mark.marker in self._ids]
+        places = np.flatnonzero(self._is_marker[tokens])
+        whole = [self._ids[mark.marker] for mark in marks] == tokens[places].tolist()
+        marks = [Mark(m.marker, m.char, place) for m, place in zip(marks, places.tolist())]
+        if not whole or not all(self._header_is_whole(text, tokens, mark) for mark in marks):
+            raise row_error(
+                f"{origin}: the tokenizer joins the chat template's markers with other text",
+                f"a token for each of {' '.join(MARKERS)}, and for what stands between them",
+                "use the tokenizer of the checkpoint",
+            )
+        return marks
+
+    def _header_is_whole(self, text: str, tokens: np.ndarray, mark: Mark) -> bool:
+        """Whether a model turn's text begins at a token of its own, or with white space."""
+        if mark.marker != TURN or not text.startswith("model\n", mark.end):
+            return True
+        first = mark.token + 1
+        written = tokens[first : first + len(self._header)].tolist()
+        answer = mark.end + len("model\n")
+        return written == self._header or text[answer : answer + 1].isspace()

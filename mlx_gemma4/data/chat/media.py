@@ -1,0 +1,79 @@
+"""Images and audio that rows name: as parts of a turn, by paths that stay in the rows' folder.
+
+A part is {"type": "text" | "image" | "audio", the same word: text or path}.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..read.records import row_error
+
+__all__ = ["MEDIA", "add_media", "media_part", "resolve_media"]
+
+MEDIA = {"image": "image", "image_url": "image", "audio": "audio", "audio_url": "audio"}
+"""Types of parts, as files write them, and what we call them."""
+
+_FIELDS = {"image": "image", "images": "image", "audio": "audio", "audios": "audio"}
+
+
+def media_part(part: dict) -> tuple[str, Any]:
+    """("image" or "audio", its path) of a part, however it is written."""
+    kind = MEDIA[part["type"]]
+    keys = (part["type"], kind, "path", "url")
+    value = next((part[key] for key in keys if part.get(key)), None)
+    if isinstance(value, dict):
+        value = value.get("url") or value.get("path")
+    return kind, value
+
+
+def add_media(turns: list, record: dict, origin: str) -> list:
+    """Images and audio of the row as parts that come first in the first user turn."""
+    parts = []
+    for field, kind in _FIELDS.items():
+        value = record.get(field)
+        for path in value if isinstance(value, list) else [value] if value else []:
+            parts.append({"type": kind, kind: path})
+    if not parts:
+        return turns
+    for i, turn in enumerate(turns):
+        if isinstance(turn, dict) and (turn.get("from") or turn.get("role")) in ("user", "human"):
+            key = "value" if "from" in turn else "content"
+            text = turn.get(key)
+            rest = text if isinstance(text, list) else [{"type": "text", "text": text}]
+            return [*turns[:i], {**turn, key: parts + rest}, *turns[i + 1 :]]
+    raise row_error(f"{origin}: images or audio and no user turn", "a user turn to show them in")
+
+
+def resolve_media(kind: str, name: str, where: str, folder: Path | None, anywhere: bool) -> str:
+    """The whole path of a file.
+
+    Raises:
+        DataError: an address instead of a path, a path outside the folder, or no file there.
+    """
+    name = name.removeprefix("file://")
+    if "://" in name or name.startswith("data:") or folder is None:
+        raise row_error(
+            f"{where} has the {kind} {name[:60]!r}",
+            "a path within the data folder; nothing is downloaded",
+            "save the file beside the rows and name its path",
+        )
+    try:
+        path, root = (folder / name).resolve(), folder.resolve()
+        there = path.is_file()
+    except (OSError, ValueError, RuntimeError):
+        path, root, there = folder / "?", folder, False
+    if not anywhere and not path.is_relative_to(root):
+        raise row_error(
+            f"{where} has the {kind} {name[:200]!r}, outside of {folder}",
+            "paths within the folder of the rows",
+            "move the file there, or set media_anywhere if you trust these rows",
+        )
+    if not there:
+        raise row_error(
+            f"{where} has the {kind} {name[:200]!r}, and there is no such file",
+            f"the path of a file, from {folder}",
+            "mend the path",
+        )
+    return str(path)

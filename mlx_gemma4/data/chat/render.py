@@ -1,0 +1,244 @@
+"""A conversation -> text, through the model's own chat template, and nothing lost on the way.
+
+transformers runs the template in Jinja's immutable sandbox: it sees the row, changes nothing and
+reaches nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain
+from typing import Any
+
+from ...model.tokenizer import END_OF_TURN
+from ..read.records import row_error
+from .formats import Row
+from .spans import MARKER, TURN, find_marks, model_turns, spans_of
+
+__all__ = ["Rendering", "render"]
+
+_TEMPLATE_ERRORS = (
+    *(TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError),
+)
+"""What a template may raise over a row, besides Jinja's own errors."""
+
+_THOUGHT = re.compile(r"<\|channel>.*?<channel\|>", re.DOTALL)
+_CALLED = re.compile(r"<\|tool_(call|response)>.*?<tool_\1\|>", re.DOTALL)
+_GENERATION = re.compile(r"{%-?\s*generation\s*-?%}")
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """A row as text.
+
+    Attributes:
+        text: what the tokenizer reads.
+        messages: what the template was given; empty for a text row.
+        quoted: characters at which markers of the row's own text stand: the model's turns do not
+            begin or end there.
+        generated: the template's mask of generated tokens, where it has `{% generation %}`.
+        removed: texts of reasoning that the template was not given.
+    """
+
+    row: Row
+    text: str
+    messages: Sequence[dict[str, Any]] = ()
+    quoted: frozenset[int] = frozenset()
+    generated: Sequence[int] | None = None
+    removed: int = 0
+
+
+def render(row: Row, tokenizer: Any, thinking: str, ends: tuple[str, str]) -> Rendering:
+    """The text of a row: `<bos> text <eos>`, or what `apply_chat_template` gives.
+
+    Where reasoning of the row is in the rendering, the template is told `enable_thinking`.
+
+    Args:
+        thinking: as in DataConfig.
+        ends: the tokenizer's `<bos>` and `<eos>`; it takes its time to give them.
+
+    Raises:
+        DataError: the template refuses the row or leaves out part of it, or the row's text holds
+            what the model could never write.
+    """
+    if row.shape == "text":
+        bos, eos = ends
+        return Rendering(row, bos + row.text.removeprefix(bos).removesuffix(eos) + eos)
+    if not tokenizer.chat_template:
+        raise row_error(
+            f"{row.origin} is a conversation and the tokenizer has no chat template",
+            "chat_template.jinja, as the instruction-tuned (-it) checkpoints have it",
+            "train an -it checkpoint, or use text rows",
+        )
+    _refuse_markers_in_answers(row, ends)
+    thoughts = [thought for turn in row.messages for thought in _thoughts(turn)]
+    messages: Sequence[dict[str, Any]] = row.messages
+    if thoughts:
+        messages = [_with_thoughts(turn, thinking) for turn in messages]
+    kept = [] if thinking == "drop" else thoughts
+    tools = list(row.tools) or None
+    options: dict[str, Any] = {"tools": tools, "tokenize": False}
+    text, quoted = "", frozenset[int]()
+    if kept:
+        options["enable_thinking"] = True
+        text = _apply(row, tokenizer, messages, options)
+        quoted = _quoted_markers(row, tokenizer, messages, options, text)
+    if not _shows(text, quoted, kept):
+        options.pop("enable_thinking", None)
+        text = _apply(row, tokenizer, messages, options)
+        quoted = _quoted_markers(row, tokenizer, messages, options, text)
+    _require_all(row, text, quoted)
+    generated = None
+    if _marks_generation(tokenizer.get_chat_template(None, tools)):
+        options |= {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+        generated = _apply(row, tokenizer, messages, options)["assistant_masks"]
+    return Rendering(row, text, messages, quoted, generated, len(thoughts) - len(kept))
+
+
+def _apply(row: Row, tokenizer: Any, messages: Any, options: dict[str, Any]) -> Any:
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(messages, **options)
+    except (TemplateError, *_TEMPLATE_ERRORS) as error:
+        raise row_error(
+            f"{row.origin} is refused by the model's chat template: {error}",
+            "roles and fields as the template allows them",
+            "mend or remove the line",
+        ) from None
+
+
+@lru_cache(maxsize=8)
+def _marks_generation(template: str) -> bool:
+    return bool(_GENERATION.search(template))
+
+
+# ---------------------------------------------------------------- reasoning
+
+
+def _with_thoughts(turn: dict[str, Any], thinking: str) -> dict[str, Any]:
+    """A message with its reasoning under the names that templates read, or without any."""
+    turn = dict(turn)
+    if thinking == "drop":
+        turn.pop("reasoning", None)
+        if turn["role"] == "assistant":
+            turn["content"] = _THOUGHT.sub("", turn["content"])
+    elif "reasoning" in turn:
+        turn["reasoning_content"] = turn["reasoning"]
+    return turn
+
+
+def _thoughts(turn: dict[str, Any]) -> list[str]:
+    """The reasoning of an assistant turn: its field, and channels within its text."""
+    if turn["role"] != "assistant":
+        return []
+    thoughts = [turn.get("reasoning", "").strip()]
+    if "<|channel>" in turn["content"]:
+        thoughts += [span.text for span in spans_of(turn["content"]) if span.kind == "thought"]
+    return [thought for thought in thoughts if thought]
+
+
+def _shows(text: str, quoted: frozenset[int], thoughts: list[str]) -> bool:
+    marks = [mark for mark in find_marks(text) if mark.char not in quoted]
+    spans = chain(*model_turns(text, marks, 0, 0))
+    return any(span.kind == "thought" and span.text in thoughts for span in spans)
+
+
+# ---------------------------------------------------------------- markers within the row's text
+
+
+def _refuse_markers_in_answers(row: Row, ends: tuple[str, str]) -> None:
+    """No answer can hold what ends or opens a turn: generation would stop there."""
+    never = (TURN, END_OF_TURN, *ends)
+    for number, turn in enumerate(row.messages, 1):
+        if not isinstance(turn["content"], str):
+            raise row_error(
+                f"{row.origin}: turn {number} ({turn['role']}) holds images or audio",
+                "text",
+                "remove the media; only text can be trained on so far",
+            )
+        if turn["role"] != "assistant":
+            continue
+        found = [marker for marker in never if marker in turn["content"]]
+        for inner in _strings((turn.get("reasoning"), turn.get("tool_calls"))):
+            found += [marker for marker in never if marker in inner]
+            found += [mark.marker for mark in find_marks(inner) if mark.marker not in found]
+        if found:
+            raise row_error(
+                f"{row.origin}: turn {number}, an answer, holds {' and '.join(found)}",
+                "answers without the markers that the chat template sets",
+                "remove the markers from the answer",
+            )
+
+
+def _quoted_markers(
+    row: Row, tokenizer: Any, messages: Sequence[dict[str, Any]], options: dict[str, Any], text: str
+) -> frozenset[int]:
+    """Where markers stand in the rendering that come from the text of the row.
+
+    The row is rendered once more with each of them replaced by as many letters: the markers that
+    are then missing are the row's own. Those of answers are not looked for: they are the model's.
+    """
+    others = [turn for turn in messages if turn["role"] != "assistant"]
+    others = [turn for turn in others if "|" in turn["content"] or len(turn) > 2]
+    if not any(MARKER.search(string) for string in _strings([others, options["tools"]])):
+        return frozenset()
+    letters = [turn if turn["role"] == "assistant" else _neutralised(turn) for turn in messages]
+    tools = _neutralised(options["tools"])
+    plain = _apply(row, tokenizer, letters, {**options, "tools": tools})
+    left = {mark.char for mark in find_marks(plain)}
+    marks = find_marks(text)
+    if len(plain) != len(text) or not left <= {mark.char for mark in marks}:
+        raise row_error(
+            f"{row.origin}: the chat template changes with the markers in the row's text",
+            "text without the markers that the chat template sets",
+            "remove turn markers from the text of the row",
+        )
+    return frozenset(mark.char for mark in marks if mark.char not in left)
+
+
+def _neutralised(value: Any) -> Any:
+    return json.loads(MARKER.sub(lambda match: "x" * len(match.group()), json.dumps(value)))
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield key
+            yield from _strings(inner)
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _strings(inner)
+
+
+# ---------------------------------------------------------------- nothing silent
+
+
+def _require_all(row: Row, text: str, quoted: frozenset[int]) -> None:
+    """System text, questions and tools must be there; answers are held against the text later."""
+    lost = [
+        f"turn {number} ({turn['role']})"
+        for number, turn in enumerate(row.messages, 1)
+        if turn["role"] in ("system", "user") and turn["content"].strip() not in text
+    ]
+    if row.tools:
+        for char in quoted:
+            text = text[:char] + " " + text[char + 1 :]
+        text = _CALLED.sub("", text)
+    lost += [f"the tool {name}" for tool in row.tools if (name := _name(tool)) not in text]
+    if lost:
+        raise row_error(
+            f"{row.origin}: the chat template leaves out {', '.join(lost)}",
+            "a template that renders the whole row",
+            "use Gemma 4's own template, or remove that part of the row",
+        )
+
+
+def _name(tool: dict[str, Any]) -> str:
+    return str(tool.get("function", tool).get("name", ""))

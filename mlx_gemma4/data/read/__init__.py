@@ -1,0 +1,1 @@
+"""Files, Hub datasets and rows in memory -> raw rows."""

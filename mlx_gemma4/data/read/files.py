@@ -1,0 +1,205 @@
+"""Which files a source names, and what each of them is, told by its content."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import io
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from ...errors import DataError, listing
+from .records import Raw, csv_rows, json_values, lines, parquet_rows
+
+__all__ = ["SPLITS", "SPLIT_NAMES", "DataFile", "find_files", "hash_file"]
+
+SPLITS = ("train", "valid", "test")
+SPLIT_NAMES = {"train": "train", "test": "test"} | dict.fromkeys(
+    ("valid", "validation", "val", "dev"), "valid"
+)
+_NAME = re.compile(
+    rf"({'|'.join(SPLIT_NAMES)})(?:[-_.]\d[\w-]*)?"
+    r"\.(jsonl|ndjson|json|csv|tsv|parquet)((?:\.gz|\.zst)?)"
+)
+_MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
+_ENDINGS = {"gzip": ".gz", "zstd": ".zst", "": ""}
+_WANTED = "rows as JSONL, JSON, CSV or Parquet, in UTF-8, also .gz or .zst"
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A file of rows.
+
+    Attributes:
+        path: where it lies.
+        kind: "jsonl", "json", "csv" or "parquet".
+        compression: "gzip", "zstd" or "".
+    """
+
+    path: Path
+    kind: str
+    compression: str = ""
+
+    count = None
+
+    @property
+    def label(self) -> str:
+        """The kind as a file ending: "jsonl.gz"."""
+        return self.kind + _ENDINGS[self.compression]
+
+    @property
+    def place(self) -> str:
+        """What stands before a row's number: "file:", or "file:row " where there are no lines."""
+        return f"{self.path}:row " if self.kind == "parquet" else f"{self.path}:"
+
+    @property
+    def folder(self) -> Path:
+        """Where paths of images and audio begin."""
+        return self.path.parent
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk."""
+        return self.path.stat().st_size
+
+    def fingerprint(self) -> str:
+        """Changes with the content, and with what it is read as."""
+        return f"{self.label} {hash_file(self.path)}"
+
+    def records(self) -> Iterator[tuple[int, Raw]]:
+        """(line, raw row) of every row; blank lines are passed over.
+
+        Raises:
+            DataError: the file as a whole cannot be read on.
+        """
+        try:
+            if self.kind == "parquet":
+                yield from parquet_rows(self.path)
+                return
+            reader = {"jsonl": lines, "json": json_values, "csv": csv_rows}[self.kind]
+            with self.open() as stream:
+                yield from reader(stream, self.place)
+        except (OSError, EOFError, csv.Error) as error:
+            raise _unreadable(self.path, error) from None
+
+    def open(self) -> IO[bytes]:
+        """The bytes of the file, decompressed."""
+        if self.compression == "gzip":
+            return gzip.open(self.path, "rb")  # type: ignore[return-value]
+        if self.compression == "zstd":
+            import pyarrow
+
+            source = pyarrow.OSFile(str(self.path))
+            return io.BufferedReader(pyarrow.CompressedInputStream(source, "zstd"), 1 << 20)
+        return self.path.open("rb", buffering=1 << 20)
+
+    @classmethod
+    def of(cls, path: Path) -> DataFile:
+        """What a file is, by its first bytes; its name decides only what those leave open.
+
+        Raises:
+            DataError: a file that cannot be read, or holds something other than rows.
+        """
+        try:
+            with path.open("rb") as file:
+                start = file.read(4)
+            compression = next((c for m, c in _MAGIC.items() if start.startswith(m)), "")
+            with cls(path, "", compression).open() as stream:
+                head = stream.read(4096)
+        except (OSError, EOFError) as error:
+            raise _unreadable(path, error) from None
+        suffixes = [s for s in path.suffixes if s not in (".gz", ".zst")]
+        kind = _kind(head, suffixes[-1].lower() if suffixes else "")
+        if kind == "parquet" and compression:
+            kind = "a compressed Parquet file"
+        if kind not in ("jsonl", "json", "csv", "parquet"):
+            raise DataError(
+                f"{path} is {kind}", wanted=_WANTED, do="convert the file, or name another"
+            )
+        return cls(path, kind, compression)
+
+
+def _kind(head: bytes, suffix: str) -> str:
+    """The kind of a file, or what it is instead, for a message."""
+    if head.startswith(b"PAR1"):
+        return "parquet"
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "text in UTF-16"
+    first = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+    if b"\0" in head and first not in (b"{", b"["):
+        return "a binary file"
+    if suffix in (".csv", ".tsv"):
+        return "csv"
+    if first == b"[":
+        return "json"
+    if first == b"{" or suffix in (".jsonl", ".ndjson", ".json"):
+        return "json" if suffix == ".json" and first == b"{" else "jsonl"
+    return "a file of a kind that is not known"
+
+
+def _unreadable(path: Path, error: Exception) -> DataError:
+    """The error for a file that fails while it is read."""
+    return DataError(f"cannot read {path}: {error}", wanted=_WANTED, do="check the file")
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file's content: gigabytes take seconds, and no change escapes it."""
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb", buffering=0) as file:
+            while piece := file.read(1 << 22):
+                digest.update(piece)
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    return digest.hexdigest()
+
+
+def find_files(source: str | Path) -> dict[str, list[DataFile]]:
+    """The files of each split: of a folder its train, valid and test files, of a file train.
+
+    A split may be one file (`train.jsonl`) or several (`train-00000-of-00002.parquet`); `dev`,
+    `val` and `validation` are other words for `valid`.
+
+    Raises:
+        DataError: neither, a folder without train file, or a split in two formats.
+    """
+    source = Path(source).expanduser()
+    if source.is_file():
+        return {"train": [DataFile.of(source)]}
+    if not source.is_dir():
+        raise DataError(
+            f"{source} does not exist" if not source.exists() else f"{source} is no file",
+            wanted="a folder with train.jsonl, a file of rows, or the id of a Hub dataset",
+            do="check the path given as data",
+        )
+    found: dict[str, list[Path]] = {split: [] for split in SPLITS}
+    endings: dict[str, set[str]] = {split: set() for split in SPLITS}
+    try:
+        names = sorted(path.name for path in source.iterdir())
+    except OSError as error:
+        raise _unreadable(source, error) from None
+    for name in names:
+        if (match := _NAME.fullmatch(name)) and not (source / name).is_dir():
+            split = SPLIT_NAMES[match[1]]
+            found[split].append(source / name)
+            endings[split].add(match[1] + "." + match[2] + match[3])
+    if not found["train"]:
+        there = ", ".join(names[:10]) or "nothing"
+        raise DataError(
+            f"{source} has no train.jsonl; it holds {there}",
+            wanted="train.jsonl (.json, .csv, .parquet), and if you have them valid and test",
+            do="rename the file, or name the file itself as data",
+        )
+    for split, forms in endings.items():
+        if len(forms) > 1:
+            raise DataError(
+                f"{source} has the {split} split in several forms:"
+                + listing(path.name for path in found[split]),
+                wanted="one form of each split",
+                do="remove those that are not meant",
+            )
+    return {split: [DataFile.of(path) for path in paths] for split, paths in found.items() if paths}

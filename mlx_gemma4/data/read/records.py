@@ -1,0 +1,236 @@
+"""Bytes of a file -> its raw rows, one at a time, each with the line it stands on.
+
+A raw row is what a format gives unseen: the bytes of a JSONL line, a value of a JSON file, the
+`Cells` of a CSV line, a row of a table. `record_of`, which runs in the workers, makes a dict of it.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from ...errors import DataError
+
+__all__ = ["Cells", "Raw", "csv_rows", "json_values", "lines", "parquet_rows", "record_of",
+           "row_error", "without_nulls"]  # fmt: skip
+
+Raw = Any
+
+_MOST_BYTES = 8_000_000
+"""A longer row is refused: no context holds it, and it is often a file without line ends."""
+
+_SPACE = re.compile(r"[ \t\r\n]*")
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+
+
+class Cells(NamedTuple):
+    """A line of a CSV file: its cells, and the names that the first line gives them."""
+
+    names: list[str]
+    cells: list[str]
+
+
+def row_error(found: str, wanted: str, do: str = "mend or remove the line") -> DataError:
+    """The error for a row that cannot be used."""
+    return DataError(found, wanted=wanted, do=do)
+
+
+def record_of(raw: Raw, origin: str) -> dict[str, Any]:
+    """A raw row as a dict.
+
+    Raises:
+        DataError: a row that is too long, not UTF-8, not JSON or no object, or a CSV line with
+            more or fewer cells than the first.
+    """
+    if isinstance(raw, bytes):
+        raw = _parsed(raw, origin)
+    elif isinstance(raw, Cells):
+        if len(raw.cells) != len(raw.names):
+            wanted = f"{len(raw.names)}, as the first line: {', '.join(raw.names)}"
+            raise row_error(f"{origin} has {len(raw.cells)} cells", wanted)
+        return dict(zip(*raw))
+    if not isinstance(raw, dict):
+        kind = type(raw).__name__
+        raise row_error(f"{origin} is of type {kind}", "an object with the fields of a row")
+    return raw
+
+
+def without_nulls(value: Any) -> Any:
+    """The value without fields that are null: Arrow gives every row the fields of all rows."""
+    if isinstance(value, dict):
+        return {k: without_nulls(v) for k, v in value.items() if v is not None}
+    if isinstance(value, list):
+        return [without_nulls(item) for item in value]
+    return value
+
+
+def lines(stream: IO[bytes], place: str) -> Iterator[tuple[int, bytes]]:
+    """The lines that are not blank; of one over the limit a piece that is over it too."""
+    number = 0
+    while line := stream.readline(_MOST_BYTES + 1):
+        number += 1
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        if len(line) > _MOST_BYTES and not line.endswith(b"\n"):
+            while (rest := stream.readline(_MOST_BYTES)) and not rest.endswith(b"\n"):
+                pass
+        if len(line) > _MOST_BYTES or line.strip():
+            yield number, line
+
+
+def json_values(stream: IO[bytes], place: str) -> Iterator[tuple[int, Any]]:
+    """The items of an array, or values one after the other; never more than a few in memory."""
+    text = _JsonText(io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape"), place)
+    if text.peek() == "[":
+        text.at += 1
+        more = text.peek() != "]"
+        while more:
+            yield text.value()
+            more = text.peek() == ","
+            text.at += more
+        if text.peek() != "]":
+            raise text.error(ValueError("no comma or ']' behind a value"))
+        text.at += 1
+    else:
+        while text.peek():
+            yield text.value()
+    if text.peek():
+        raise text.error(ValueError("text after the last value"))
+
+
+def csv_rows(stream: IO[bytes], place: str) -> Iterator[tuple[int, Cells]]:
+    """The lines below the first, which names the columns; commas, tabs or semicolons."""
+    csv.field_size_limit(_MOST_BYTES)
+    text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
+    header = text.readline()
+    delimiter = next((d for d in ",\t;" if d in header), ",")
+    names = next(csv.reader([header], delimiter=delimiter), [])
+    if any(not name.strip() for name in names) or len(set(names)) < len(names):
+        raise row_error(
+            f"{place}1 has the columns {', '.join(map(repr, names))}",
+            "a first line that names every column, each once",
+            "mend the first line",
+        )
+    reader = csv.reader(text, delimiter=delimiter, strict=True)
+    while True:
+        number = reader.line_num + 2
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise row_error(
+                f"{place}{number} is not CSV: {error}",
+                'cells with commas, quotes or line ends in "quotes"',
+                "mend the line",
+            ) from None
+        if cells:
+            yield number, Cells(names, cells)
+
+
+def parquet_rows(path: Path) -> Iterator[tuple[int, dict]]:
+    """The rows of a Parquet file, counted from 1."""
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as table:
+            batches = table.iter_batches(batch_size=1000)
+            rows = chain.from_iterable(batch.to_pylist() for batch in batches)
+            yield from enumerate(map(without_nulls, rows), 1)
+    except pyarrow.ArrowException as error:
+        raise OSError(str(error)) from None
+
+
+# ---------------------------------------------------------------- JSON
+
+
+def _parsed(line: bytes, origin: str) -> Any:
+    if len(line) > _MOST_BYTES and not line.endswith(b"\n"):
+        raise row_error(
+            f"{origin} is longer than {_MOST_BYTES // 1_000_000} MB",
+            "one row a line, each shorter than the model's context",
+            "split the text into rows, or check the line ends",
+        )
+    try:
+        return _DECODER.decode(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise row_error(
+            f"{origin} is not UTF-8: {error}",
+            "text in UTF-8",
+            "save the file as UTF-8, or remove the line",
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise _not_json(origin, error) from None
+
+
+def _not_json(origin: str, error: Exception) -> DataError:
+    told = "nested too deep" if isinstance(error, RecursionError) else str(error)
+    if isinstance(error, json.JSONDecodeError):
+        told = f"{error.msg}, column {error.colno}"
+    return row_error(f"{origin} is not JSON: {told}", "one JSON object a line")
+
+
+class _JsonText:
+    """A window on JSON text that grows until the next value is whole."""
+
+    def __init__(self, stream: io.TextIOWrapper, place: str):
+        self._stream, self._place = stream, place
+        self._text, self.at, self._line = "", 0, 1
+
+    def _more(self) -> bool:
+        piece = self._stream.read(max(1 << 18, len(self._text) - self.at))
+        self._text, self.at = self._text[self.at :] + piece, 0
+        return bool(piece)
+
+    def _advance(self, to: int) -> None:
+        self._line += self._text.count("\n", self.at, to)
+        self.at = to
+
+    def peek(self) -> str:
+        """The next character that is no space, or "" at the end."""
+        while True:
+            match = _SPACE.match(self._text, self.at)
+            self._advance(match.end() if match else self.at)
+            if self.at < len(self._text):
+                return self._text[self.at]
+            if not self._more():
+                return ""
+
+    def value(self) -> tuple[int, Any]:
+        """(line, value); of a value over the limit its text, which is over it too."""
+        if not self.peek():
+            raise self.error(ValueError("the file ends within a value"))
+        while True:
+            try:
+                value, end = _DECODER.raw_decode(self._text, self.at)
+            except (ValueError, RecursionError) as error:
+                wide = len(self._text) - self.at > 4 * _MOST_BYTES
+                if wide or isinstance(error, RecursionError) or not self._more():
+                    raise self.error(error) from None
+                continue
+            line, start = self._line, self.at
+            self._advance(end)
+            if end - start > _MOST_BYTES:
+                value = self._text[start:end].encode("utf-8", "surrogateescape")
+            return line, value
+
+    def error(self, error: Exception) -> DataError:
+        """What is wrong, with the line that it stands on."""
+        line = self._line
+        if isinstance(error, json.JSONDecodeError):
+            line += self._text.count("\n", self.at, error.pos)
+            error = ValueError(error.msg)
+        return _not_json(f"{self._place}{line}", error)

@@ -1,0 +1,1 @@
+"""Examples as arrays, in memory or memory-mapped from the cache."""

@@ -1,0 +1,128 @@
+"""Processes that turn rows into examples, one per core.
+
+They are Python processes of our own with pipes, not `multiprocessing`: that would run the
+user's script again in each of them, and cannot start from every notebook.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from ...errors import DataError
+from ..chat.encode import Chunk, Task, encode_chunk
+from ..example import Encoded
+
+__all__ = ["Workers", "cores"]
+
+
+class Workers:
+    """Processes that encode chunks; results come in the order of the chunks.
+
+    Args:
+        task: sent to each process once.
+        count: how many; by default one per core.
+    """
+
+    def __init__(self, task: Task, count: int | None = None):
+        self._task = task
+        self._count = count or cores()
+        self._own = threading.local()
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._threads: ThreadPoolExecutor | None = None
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self._processes:
+            process.kill()
+        if self._threads:
+            self._threads.shutdown(cancel_futures=True)
+        for process in self._processes:
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                with contextlib.suppress(OSError):
+                    pipe.close()  # type: ignore[union-attr]
+
+    def encode(self, jobs: Iterable[Chunk]) -> Iterator[Encoded]:
+        """The encoded chunks, in order; a few are under way at any time."""
+        self._threads = self._threads or ThreadPoolExecutor(self._count)
+        pending: deque[Future[Encoded]] = deque()
+        for chunk in jobs:
+            pending.append(self._threads.submit(self._encode, chunk))
+            if len(pending) > 2 * self._count:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+    def _encode(self, chunk: Chunk) -> Encoded:
+        """Runs in a thread that has a process of its own."""
+        process: subprocess.Popen[bytes] | None = getattr(self._own, "process", None)
+        try:
+            if process is None:
+                process = self._own.process = self._start()
+            assert process.stdin and process.stdout
+            pickle.dump(chunk, process.stdin)
+            process.stdin.flush()
+            result = pickle.load(process.stdout)
+        except (OSError, EOFError, pickle.UnpicklingError) as error:
+            code = process.wait(10) if process else None
+            raise DataError(
+                f"a tokenizing process ended (exit code {code}): {error}",
+                wanted="enough memory for one process per core",
+                do="close other programs and run again; what was read so far is not kept",
+            ) from None
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        code = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import _serve; _serve()"
+        process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=os.environ | {"TOKENIZERS_PARALLELISM": "false"},
+        )
+        self._processes.append(process)
+        assert process.stdin
+        pickle.dump(self._task, process.stdin)
+        return process
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _serve() -> None:
+    """A worker: chunks from standard input, results to standard output, until there are no more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it, and closes the pipe
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints must not end up between answers
+    questions = sys.stdin.buffer
+    task = pickle.load(questions)
+    while True:
+        try:
+            chunk = pickle.load(questions)
+        except EOFError:
+            return
+        result: Any
+        try:
+            result = encode_chunk(task, chunk)
+        except Exception as error:
+            result = error
+        pickle.dump(result, answers)
+        answers.flush()

@@ -1,0 +1,24 @@
+"""The formats of adapters, by name; a new one is a file here and a line below."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .format import Adapter, Format, Library
+from .mlx_lm import MlxLm
+from .mlx_vlm import MlxVlm, MlxVlmLegacy
+from .peft import Peft
+
+__all__ = ["ADAPTERS", "Adapter", "Format", "Library", "format_of"]
+
+ADAPTERS: dict[str, Format] = {
+    format.name: format for format in (MlxLm(), MlxVlm(), MlxVlmLegacy(), Peft(), Peft(causal=True))
+}
+"""Formats of adapter folders, in the order of --help; a GGUF file is written alone (gguf.py)."""
+
+
+def format_of(config: Mapping[str, Any]) -> Format:
+    """The format of an adapter_config.json: mlx-lm's, unless another recognises it."""
+    others = (format for name, format in ADAPTERS.items() if name != "mlx-lm")
+    return next((f for f in others if f.recognises(config)), ADAPTERS["mlx-lm"])

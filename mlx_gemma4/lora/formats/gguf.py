@@ -1,0 +1,150 @@
+"""A LoRA adapter as a GGUF file, for llama.cpp's `--lora`.
+
+llama.cpp adds alpha / rank * B A to the weight that the tensors are named after, with the rank of
+each pair and one alpha for the file. The metadata keys are those of the GGUF specification
+(https://github.com/ggml-org/ggml/blob/master/docs/gguf.md), the names those of the `gguf` package.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ...errors import AdapterError, CapabilityError, ConfigError, listing
+from ...model.plan import Plan
+from ...storage import new_file
+from ..update import LowRank, low_rank_updates, require_effect
+
+__all__ = ["USE", "read_gguf", "write_gguf"]
+
+USE = """\
+```bash
+hf download {repo} {file} --local-dir .
+llama-cli -m BASE.gguf --lora {file} -p "..."
+```
+
+`BASE.gguf` is {base}, converted with llama.cpp's `convert_hf_to_gguf.py`."""
+"""How an adapter on the Hub is loaded."""
+
+_FUSE = "export a fused model and convert that with llama.cpp's convert_hf_to_gguf.py"
+
+
+def write_gguf(backbone: nn.Module, plan: Plan, file: str | Path) -> int:
+    """Write a model's LoRA as one GGUF file, whole or not at all.
+
+    Returns:
+        How many tensors it holds: two a module.
+
+    Raises:
+        AdapterError: something other than LoRA on modules that llama.cpp can adapt.
+        CapabilityError: the gguf package is not installed, or does not know Gemma 4.
+        ConfigError: the file cannot be written.
+    """
+    gguf = _package()
+    updates = low_rank_updates(backbone)
+    if not updates:
+        raise AdapterError(
+            "the model carries no LoRA", wanted="LoRA: a GGUF adapter holds nothing else", do=_FUSE
+        )
+    require_effect(backbone, "the model")
+    pairs = _pairs(updates, gguf.get_tensor_name_map(_arch(gguf), len(plan.layers)))
+    file = Path(file).expanduser()
+    alpha = Counter(update.scale * update.rank for update in pairs.values()).most_common(1)[0][0]
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with new_file(file) as partial:
+            writer = gguf.GGUFWriter(partial, gguf.MODEL_ARCH_NAMES[_arch(gguf)])
+            writer.add_type(gguf.GGUFType.ADAPTER)
+            writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+            writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+            writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+            for name, update in pairs.items():
+                # Equal ranks and scales leave B as it is; others are brought to the one alpha.
+                b = update.b * (update.scale * update.rank / alpha)
+                writer.add_tensor(f"{name}.weight.lora_a", _array(update.a))
+                writer.add_tensor(f"{name}.weight.lora_b", _array(b))
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+            writer.close()
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write {file}: {error}", wanted="a file to write", do="name another output"
+        ) from None
+    return 2 * len(pairs)
+
+
+def read_gguf(file: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The metadata and the tensors of a GGUF file.
+
+    Raises:
+        AdapterError: not a whole GGUF file.
+        CapabilityError: the gguf package is not installed.
+    """
+    gguf = _package()
+    try:
+        reader = gguf.GGUFReader(Path(file).expanduser())
+        metadata = {name: field.contents() for name, field in reader.fields.items()}
+        tensors = {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
+    except (OSError, ValueError, IndexError, KeyError) as error:
+        raise AdapterError(
+            f"{file} cannot be read: {error}", wanted="a whole GGUF file", do="export it again"
+        ) from None
+    return metadata, tensors
+
+
+def _pairs(updates: Mapping[str, LowRank], names: Any) -> dict[str, LowRank]:
+    """The updates under llama.cpp's names, such as `blk.3.attn_q`."""
+    pairs: dict[str, LowRank] = {}
+    refused = []
+    for inner, update in updates.items():
+        path = inner.removesuffix(".weight")
+        name = names.get_name(f"model.{path}")
+        if update.magnitude is not None:
+            refused.append(f"{path}: DoRA; llama.cpp adds the low-rank part and nothing else")
+        elif update.a.ndim == 3:
+            refused.append(f"{path}: experts; llama.cpp scales an expert's output before it adds")
+        elif name is None:
+            refused.append(f"{path}: not a weight of llama.cpp's gemma4")
+        else:
+            pairs[name] = update
+    if refused:
+        raise AdapterError(
+            f"{len(refused)} modules cannot go into a GGUF adapter:{listing(refused)}",
+            wanted="LoRA on attention, the dense MLP, the router or the per-layer gates",
+            do=_FUSE,
+        )
+    return pairs
+
+
+def _package() -> Any:
+    try:
+        import gguf
+    except ImportError:
+        raise CapabilityError(
+            "the gguf package is not installed",
+            wanted="it, to write GGUF files",
+            do="pip install 'mlx-gemma4[gguf]', or pip install gguf",
+        ) from None
+    return gguf
+
+
+def _arch(gguf: Any) -> Any:
+    arch = getattr(gguf.MODEL_ARCH, "GEMMA4", None)
+    if arch is None:
+        raise CapabilityError(
+            "the installed gguf package does not know Gemma 4",
+            wanted="one with MODEL_ARCH.GEMMA4, such as 0.19.0",
+            do="pip install -U gguf",
+        )
+    return arch
+
+
+def _array(value: mx.array) -> np.ndarray:
+    return np.ascontiguousarray(np.array(value.astype(mx.float32)))

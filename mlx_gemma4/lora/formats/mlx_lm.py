@@ -1,0 +1,201 @@
+"""mlx-lm's format, which is ours too: one rank and one scale for all modules.
+
+    adapters.safetensors    model.layers.N.self_attn.q_proj.lora_a (in, R), .lora_b (R, out), .m
+                            ...experts.switch_glu.gate_proj.lora_a (E, R, in), .lora_b (E, out, R)
+    adapter_config.json     lora_parameters {rank, scale, dropout, keys}; keys within a layer, or
+                            whole paths
+
+Ranks and alphas of single modules have no place in it. The adapter of a run then has `alpha` and
+patterns instead of `scale`, so that mlx-lm refuses it; an export folds them into one.
+
+Letters: E experts, R rank.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ...config import LoraConfig
+from ...errors import AdapterError, ConfigError
+from ...model.names import flat, text_model, text_prefix
+from ..targets import adaptable_modules, keys_of, modules_in, resolve_targets
+from .format import CONFIG, Adapter, Files, Read, Stored, alpha_of, without_dead
+
+__all__ = ["MlxLm", "MlxLmLibrary", "config_of"]
+
+
+class MlxLmLibrary:
+    """mlx_lm.load(base, adapter_path=adapter)."""
+
+    packages: tuple[str, ...] = ("mlx_lm",)
+
+    def unfit(self) -> str:
+        return ""
+
+    def load(self, base: Path) -> Any:
+        from mlx_lm.utils import load_model
+
+        model, _ = load_model(base)
+        return model
+
+    def attach(self, model: Any, adapter: Path) -> Any:
+        from mlx_lm.tuner.utils import load_adapters
+
+        model = load_adapters(model, str(adapter))
+        model.eval()
+        return model
+
+    def logits(self, model: Any, tokens_T: list[int]) -> np.ndarray:
+        return np.array(model(mx.array([tokens_T]))[0].astype(mx.float32))
+
+    def holds(self, model: Any) -> dict[str, mx.array]:
+        return flat(model.parameters())
+
+
+class MlxLm:
+    """Adapters of mlx-lm, and ours."""
+
+    name = "mlx-lm"
+    file = "adapters.safetensors"
+    metadata: Mapping[str, str] = {"format": "mlx"}
+    library: Any = MlxLmLibrary()
+    hub_library = "mlx"
+    use = """\
+```python
+from huggingface_hub import snapshot_download
+from mlx_lm import generate, load
+
+model, tokenizer = load("{base}", adapter_path=snapshot_download("{repo}"))
+```"""
+
+    def recognises(self, config: Mapping[str, Any]) -> bool:
+        return "lora_parameters" in config or "fine_tune_type" in config
+
+    def read(self, stored: Stored) -> Read:
+        config, backbone, folder = stored.config, stored.backbone, stored.folder
+        tensors = without_dead(stored.tensors, backbone, stored.plan)
+        kind = config.get("fine_tune_type", "lora")
+        if kind == "full":
+            return Read(None, [], tensors)
+        if kind not in ("lora", "dora"):
+            raise AdapterError(
+                f"{folder} holds a {kind} adapter",
+                wanted="fine_tune_type lora, dora or full",
+                do="load it with the library that wrote it",
+            )
+        lora = _settings(config, folder, len(text_model(backbone).layers))
+        if keys := config["lora_parameters"].get("keys"):
+            # mlx-vlm also takes paths from its language model on: model.layers.0...
+            short = [k.removeprefix(text_prefix(backbone)).removeprefix("model.") for k in keys]
+            targets = dataclasses.replace(lora, targets=tuple(short))
+            return Read(lora, resolve_targets(backbone, targets), tensors)
+        known = adaptable_modules(backbone)
+        modules = [module for module in modules_in(tensors, backbone) if module in known]
+        if not modules:
+            raise AdapterError(
+                f"{folder / self.file} holds no lora_a or lora_b of this model's layers",
+                wanted=f"names such as {text_prefix(backbone)}layers.0.self_attn.q_proj.lora_a",
+                do="name the model that the adapter was trained on",
+            )
+        return Read(lora, modules, tensors)
+
+    def write(self, adapter: Adapter) -> Files:
+        """With one rank and one scale for all.
+
+        A smaller rank is filled up with zeros, and another scale goes into lora_b: the update stays
+        the same. Without patterns nothing changes.
+        """
+        config = config_of(adapter.lora, adapter.tensors, adapter.backbone, adapter.model)
+        if adapter.lora is None:
+            return config, dict(adapter.tensors)
+        lora, ranks, tensors = adapter.lora, adapter.ranks(), dict(adapter.tensors)
+        rank = max(rank for rank, _ in ranks.values())
+        scales = [scale for _, scale in ranks.values()]
+        scale = lora.scale if lora.scale in scales else scales[0]
+        for module, (own_rank, own_scale) in ranks.items():
+            name = adapter.name(module)
+            a, b = tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"]
+            if own_scale != scale:
+                b = b * (own_scale / scale)
+            if own_rank != rank:
+                # Axes of the rank: (in, R) and (R, out); of experts (E, R, in) and (E, out, R).
+                a = _widened(a, 1, rank)
+                b = _widened(b, 2 if b.ndim == 3 else 0, rank)
+            tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"] = a, b
+        saved = config["lora_parameters"]
+        kept = {key: saved[key] for key in ("use_rslora", "dropout", "keys") if key in saved}
+        if set(ranks.values()) != {(lora.rank, lora.scale)}:
+            kept.pop("use_rslora", None)
+        config["lora_parameters"] = {"rank": rank, "scale": scale, **kept}
+        return config, tensors
+
+    def readme(self, adapter: Adapter) -> str | None:
+        return None
+
+
+def _widened(value: mx.array, axis: int, size: int) -> mx.array:
+    pads = [(0, size - value.shape[i] if i == axis else 0) for i in range(value.ndim)]
+    return mx.pad(value, pads)
+
+
+def config_of(
+    lora: LoraConfig | None, tensors: Mapping[str, mx.array], backbone: nn.Module, model: str
+) -> dict[str, Any]:
+    """adapter_config.json of a run's adapter, patterns and all."""
+    config: dict[str, Any] = {
+        "model": model,
+        "fine_tune_type": "full" if lora is None else "dora" if lora.use_dora else "lora",
+        "num_layers": len(text_model(backbone).layers),
+    }
+    if lora is None:
+        return config
+    if lora.num_layers >= 0:
+        config["num_layers"] = lora.num_layers
+    parameters: dict[str, Any] = {"rank": lora.rank, "scale": lora.scale}
+    if lora.rank_pattern or lora.alpha_pattern:
+        parameters = {"rank": lora.rank, "alpha": lora.alpha}
+        parameters["rank_pattern"] = dict(lora.rank_pattern or {})
+        parameters["alpha_pattern"] = dict(lora.alpha_pattern or {})
+    if lora.use_rslora:
+        parameters["use_rslora"] = True
+    keys = keys_of(modules_in(tensors, backbone), backbone, config["num_layers"])
+    config["lora_parameters"] = {**parameters, "dropout": lora.dropout, "keys": keys}
+    return config
+
+
+def _settings(config: Mapping[str, Any], folder: Path, num_layers: int) -> LoraConfig:
+    """The settings in an adapter_config.json, without targets.
+
+    Args:
+        folder: for messages.
+        num_layers: how many the model has; as many in the config are all.
+    """
+    try:
+        saved = config["lora_parameters"]
+        rank, rslora = int(saved["rank"]), bool(saved.get("use_rslora", False))
+        ranks, alphas = saved.get("rank_pattern") or None, saved.get("alpha_pattern") or None
+        alpha = saved.get("alpha") if ranks or alphas else None
+        layers = int(config.get("num_layers", -1))
+        return LoraConfig(
+            rank=rank,
+            alpha=alpha_of(float(saved["scale"]), rank, rslora) if alpha is None else float(alpha),
+            dropout=float(saved.get("dropout", 0.0)),
+            num_layers=layers if 0 < layers < num_layers else -1,
+            use_rslora=rslora,
+            use_dora=config.get("fine_tune_type") == "dora",
+            rank_pattern=ranks,
+            alpha_pattern=alphas,
+        )
+    except (KeyError, TypeError, ValueError, ConfigError) as error:
+        raise AdapterError(
+            f"{folder / CONFIG} lacks {error}",
+            wanted="num_layers and lora_parameters with rank, scale and keys, as mlx-lm saves them",
+            do="export the adapter in mlx-lm's layout",
+        ) from None

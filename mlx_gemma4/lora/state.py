@@ -1,0 +1,207 @@
+"""Adapters on disk: saved in our layout, which is mlx-lm's, and loaded from any format."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_map
+
+from ..config import LoraConfig
+from ..errors import AdapterError, ModelError, listing
+from ..model.checkpoint import load_file, mismatches, shapes_of
+from ..model.loader import build_backbone
+from ..model.names import PLE_TABLE, flat, is_frozen_buffer, text_model, text_prefix
+from ..model.plan import Plan
+from ..storage import new_file, write_text
+from .attach import attach_lora
+from .formats import format_of
+from .formats.format import CONFIG, Stored
+from .formats.mlx_lm import MlxLm, config_of
+from .targets import PARTS, Module, keys_of
+from .update import Update, Whole, low_rank_updates, require_effect
+
+__all__ = ["adapter_of", "load_adapter", "read_updates", "save_adapter", "skeleton"]
+
+
+def save_adapter(
+    backbone: nn.Module, folder: str | Path, lora: LoraConfig | None, model: str
+) -> None:
+    """Write the trainable parameters and the config that mlx-lm needs to load them.
+
+    Each file appears whole or not at all.
+
+    Args:
+        lora: the LoRA that was trained; None after full fine-tuning.
+        model: what was trained, for people who find the adapter.
+
+    Raises:
+        AdapterError: nothing is trainable, or a value is not finite.
+    """
+    config, weights = adapter_of(backbone, lora, model)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with new_file(folder / MlxLm.file) as partial:
+        mx.save_safetensors(str(partial), weights)
+    write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+
+
+def adapter_of(
+    backbone: nn.Module, lora: LoraConfig | None, model: str
+) -> tuple[dict[str, Any], dict[str, mx.array]]:
+    """The adapter that is on a backbone: adapter_config.json, and the tensors by name.
+
+    Raises:
+        AdapterError: nothing is trainable, or a value is not finite.
+    """
+    weights = flat(backbone.trainable_parameters())
+    if not weights:
+        raise AdapterError(
+            "the model has no trainable parameters",
+            wanted="LoRA layers or trained weights",
+            do="call gemma.add_lora(...) or gemma.train_all() and train first",
+        )
+    broken = [name for name, value in weights.items() if not mx.isfinite(value).all()]
+    if broken:
+        raise AdapterError(
+            f"{len(broken)} tensors are not finite:{listing(broken)}",
+            wanted="finite weights; nothing was written",
+            do="lower the learning rate and resume from the last checkpoint",
+        )
+    return config_of(lora, weights, backbone, model), weights
+
+
+def load_adapter(backbone: nn.Module, plan: Plan, folder: str | Path) -> LoraConfig | None:
+    """Put a saved adapter on a freshly loaded backbone, every tensor or an error.
+
+    mlx-lm's, mlx-vlm's and PEFT's formats are known by their config. Only LoRA on K/V projections
+    of layers that share keys and values is passed over: libraries that build those dead modules
+    adapt them too, without effect.
+
+    Returns:
+        The adapter's LoRA settings; None for fully fine-tuned weights.
+
+    Raises:
+        AdapterError: files that are not there or not whole, tensors that are missing, extra or
+            misshapen, or an adapter that changes nothing.
+    """
+    folder = Path(folder).expanduser()
+    config, tensors = _files(folder)
+    read = format_of(config).read(Stored(folder, config, tensors, backbone, plan))
+    lora: LoraConfig | None = None
+    if read.lora is None:
+        wanted = _wanted_of_full(backbone, config, read.tensors)
+    else:
+        attach_lora(backbone, read.modules, read.lora)
+        lora = _with_targets(read.lora, read.modules, backbone)
+        trainable = flat(backbone.trainable_parameters())
+        wanted = {n: v.shape for n, v in trainable.items() if n.rpartition(".")[2] in PARTS}
+    problems = mismatches(shapes_of(read.tensors), wanted)
+    if problems:
+        raise AdapterError(
+            f"{len(problems)} tensors of {folder} do not fit this model:{listing(problems)}",
+            wanted="the adapter of this model, whole",
+            do="name the model that the adapter was trained on",
+        )
+    backbone.load_weights(list(read.tensors.items()), strict=False)
+    require_effect(backbone, str(folder))
+    mx.eval(backbone.parameters())
+    return lora
+
+
+def read_updates(adapter: str | Path, plan: Plan) -> dict[str, Update]:
+    """The updates of an adapter folder, without the model that it belongs to.
+
+    Raises:
+        AdapterError: as `load_adapter`.
+    """
+    backbone = skeleton(plan)
+    if load_adapter(backbone, plan, adapter) is not None:
+        return dict(low_rank_updates(backbone))
+    prefix = text_prefix(backbone)
+    stored = load_file(Path(adapter).expanduser() / MlxLm.file)
+    names = {k.removeprefix(prefix).removeprefix("language_model."): v for k, v in stored.items()}
+    return {name: Whole(value) for name, value in names.items()}
+
+
+def skeleton(plan: Plan) -> nn.Module:
+    """The text backbone of a plan, frozen, all zero, and without memory for its weights."""
+    backbone = build_backbone(plan)
+    backbone.update(
+        tree_map(
+            lambda value: mx.broadcast_to(mx.zeros((), value.dtype), value.shape),
+            backbone.parameters(),
+        )
+    )
+    backbone.freeze()
+    return backbone
+
+
+def _files(folder: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
+    """The config and tensors of an adapter folder, in whatever format, as they stand there."""
+    try:
+        config = json.loads((folder / CONFIG).read_text()) if (folder / CONFIG).exists() else {}
+        if not isinstance(config, dict):
+            raise ValueError(f"{CONFIG} is no JSON object")
+        weights = format_of(config).file
+        for name in (CONFIG, weights):
+            if not (folder / name).exists():
+                raise _not_there(folder, name, weights)
+        return config, load_file(folder / weights)
+    except (ValueError, ModelError) as error:
+        reason = error.found if isinstance(error, ModelError) else error
+        raise AdapterError(
+            f"{folder} cannot be read: {reason}", wanted="whole files", do="copy the adapter again"
+        ) from None
+
+
+def _not_there(folder: Path, name: str, weights: str) -> AdapterError:
+    pickled = (folder / "adapter_model.bin").exists()
+    return AdapterError(
+        f"{folder} has no {name}",
+        wanted=f"a folder with {CONFIG} and {weights}",
+        do="save adapter_model.bin as safetensors with PEFT: model.save_pretrained(folder)"
+        if pickled
+        else "name the adapter folder of a run: OUTPUT/adapter",
+    )
+
+
+def _wanted_of_full(
+    backbone: nn.Module, config: Mapping[str, Any], weights: Mapping[str, Any]
+) -> dict[str, tuple[int, ...]]:
+    """What fully fine-tuned weights must hold: the last num_layers layers, whole.
+
+    Of the parts around the layers all or none, since mlx-lm trains none and we train all.
+    """
+    prefix, count = text_prefix(backbone), len(text_model(backbone).layers)
+    first = count - int(config.get("num_layers", count))
+    layers = tuple(f"{prefix}layers.{i}." for i in range(max(0, first), count))
+    aside = (prefix + "layers.", f"{prefix}{PLE_TABLE}.")
+    around = any(not name.startswith(prefix + "layers.") for name in weights)
+    return {
+        name: value.shape
+        for name, value in flat(backbone.parameters()).items()
+        if name in weights
+        or (name.startswith(layers) and not is_frozen_buffer(name))
+        or (around and name.startswith(prefix) and not name.startswith(aside))
+    }
+
+
+def _with_targets(lora: LoraConfig, modules: list[Module], backbone: nn.Module) -> LoraConfig:
+    """The settings with targets within a layer where whole layers at the end are adapted."""
+    count, prefix = len(text_model(backbone).layers), text_prefix(backbone)
+    num_layers = lora.num_layers if lora.num_layers > 0 else count
+    keys = keys_of(modules, backbone, num_layers)
+    if keys[0].startswith(prefix):
+        num_layers = count - min(index for index, _ in modules)
+        keys = keys_of(modules, backbone, num_layers)
+    return dataclasses.replace(
+        lora,
+        targets=tuple(key.removeprefix(prefix) for key in keys),
+        num_layers=num_layers if num_layers < count else -1,
+    )

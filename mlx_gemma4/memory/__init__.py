@@ -1,0 +1,1 @@
+"""What a training step takes: a closed formula, a measurement on the device, and a choice."""

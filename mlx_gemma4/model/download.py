@@ -1,0 +1,55 @@
+"""A folder, or what the Hugging Face Hub has under an id: the one place that downloads models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..errors import ModelError
+from .plan import read_config
+
+__all__ = ["fetch_config", "resolve"]
+
+_TEXT_SIDE = ["*.json", "*.jinja", "*.model"]
+_WEIGHTS = ["*.safetensors"]
+
+
+def resolve(path_or_hub_id: str | Path, *, weights: bool = True) -> Path:
+    """The local folder of a model, downloaded from the Hugging Face Hub if it is not a folder.
+
+    Args:
+        path_or_hub_id: a folder, or a Hugging Face id.
+        weights: download the tensors too; without them there are config, tokenizer and template.
+
+    Raises:
+        ModelError: neither a folder nor a model that the Hub gives.
+    """
+    return _folder(path_or_hub_id, _TEXT_SIDE + (_WEIGHTS if weights else []))
+
+
+def fetch_config(path_or_hub_id: str | Path) -> dict[str, Any]:
+    """The parsed config.json of a model; nothing else is downloaded.
+
+    Raises:
+        ModelError: neither a folder nor a model that the Hub gives, or no JSON object.
+    """
+    return read_config(_folder(path_or_hub_id, ["config.json"]))
+
+
+def _folder(path_or_hub_id: str | Path, patterns: list[str]) -> Path:
+    folder = Path(path_or_hub_id).expanduser()
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.utils import HfHubHTTPError
+
+    try:
+        return Path(snapshot_download(str(path_or_hub_id), allow_patterns=patterns))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"{path_or_hub_id} is no folder, and the Hub did not give it: {reason}",
+            wanted="a model folder or a Hugging Face id, such as google/gemma-4-E2B-it",
+            do="check the spelling, the network, and `hf auth login` for gated models",
+        ) from None

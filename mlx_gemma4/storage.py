@@ -1,0 +1,148 @@
+"""The one way to write a file or folder whole or not at all; where caches lie; sizes for people."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import ConfigError
+
+__all__ = ["cache_folder", "new_file", "new_folder", "size", "write_text"]
+
+
+@contextmanager
+def new_file(path: str | Path, *, sync: bool = False) -> Iterator[Path]:
+    """A path to write to, which takes the place of `path` when the block is done.
+
+    It lies beside `path` under a hidden name with the same suffix. After an error the old file is
+    as it was and the new one is gone.
+
+    Args:
+        sync: bring it to the disk before its name changes.
+    """
+    path = Path(path)
+    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
+    try:
+        yield partial
+        if sync:
+            _to_disk(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file in UTF-8, whole or not at all."""
+    with new_file(path) as partial:
+        partial.write_text(text, "utf-8")
+
+
+@contextmanager
+def new_folder(folder: str | Path, *, sync: bool = False) -> Iterator[Path]:
+    """A new folder to write into, which takes the place of `folder` when the block is done.
+
+    It lies beside `folder` under a hidden name. The change of names is one step of the file
+    system, so a process that is killed leaves the old folder or the new one. After an error the
+    old folder is as it was and the new one is gone.
+
+    Args:
+        sync: bring its files to the disk before its name changes.
+
+    Raises:
+        ConfigError: `folder` is a file, its parent cannot be written, or it is there already and
+            the file system cannot exchange two names.
+    """
+    folder = Path(folder).expanduser().absolute()
+    partial = folder.with_name(f".partial-{os.getpid()}-{folder.name}")
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(
+            f"{folder} is a file", wanted="a folder to write to", do="name another output folder"
+        )
+    try:
+        _remove_abandoned(folder)
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot make the folder {folder}: {error}",
+            wanted="a folder to write to",
+            do="name another output folder",
+        ) from None
+    try:
+        yield partial
+        if sync:
+            for path in partial.iterdir():
+                _to_disk(path)
+            _to_disk(partial)
+        if folder.exists():
+            _exchange(partial, folder)
+        else:
+            partial.rename(folder)
+        if sync:
+            _to_disk(folder.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove what processes that were killed left of earlier attempts at a folder."""
+    for path in folder.parent.glob(f".partial-*-{folder.name}"):
+        process = path.name.split("-")[1]
+        try:
+            if process.isdecimal() and int(process) != os.getpid():
+                os.kill(int(process), 0)
+                continue
+        except PermissionError:
+            continue
+        except ProcessLookupError:
+            pass
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Give two folders each other's name, at once: renameat2(2), or renamex_np(2) on macOS."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    names = os.fsencode(one), os.fsencode(other)
+    if sys.platform == "darwin":
+        failed = libc.renamex_np(*names, 2)  # RENAME_SWAP
+    elif hasattr(libc, "renameat2"):
+        here = -100  # AT_FDCWD
+        failed = libc.renameat2(here, names[0], here, names[1], 2)  # RENAME_EXCHANGE
+    else:
+        failed, _ = -1, ctypes.set_errno(38)
+    if failed:
+        raise ConfigError(
+            f"{other} exists and cannot be replaced in one step: {os.strerror(ctypes.get_errno())}",
+            wanted="a folder that is not there yet; nothing was changed",
+            do="name another output folder, or remove this one first",
+        )
+
+
+def _to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def cache_folder(name: str = "") -> Path:
+    """MLX_GEMMA4_CACHE, or ~/.cache/mlx_gemma4; `name` is a folder in it. Nothing is made."""
+    root = os.environ.get("MLX_GEMMA4_CACHE", "~/.cache/mlx_gemma4")
+    return Path(root).expanduser() / name
+
+
+def size(nbytes: float) -> str:
+    """Bytes for people.
+
+    >>> size(12.34e9), size(45e6), size(1234)
+    ('12.3 GB', '45 MB', '1 kB')
+    """
+    for unit, power in (("GB", 1e9), ("MB", 1e6)):
+        if abs(nbytes) >= power:
+            return f"{nbytes / power:.{1 if unit == 'GB' or nbytes < 1e7 else 0}f} {unit}"
+    return f"{nbytes / 1e3:.0f} kB"

@@ -1,0 +1,249 @@
+"""`finetune`: a run from settings. It puts a `Trainer` together and says what came of it."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.optimizers as optim
+import yaml
+
+from ..config import LoraConfig, TrainConfig, flatten
+from ..data.batch.order import BatchOrder
+from ..data.dataset import Dataset
+from ..errors import DataError, TrainingError
+from ..gemma import Gemma4
+from ..lora.attach import adapted_modules
+from ..model.names import flat
+from ..nn.batch import StepOptions
+from ..objectives import Objective
+from ..objectives.sft import sft
+from ..storage import write_text
+from .budget import cache_limited, run_memory
+from .callbacks import Callback, Console, MetricsFile
+from .checkpoint import Checkpoints
+from .evaluate import evaluate
+from .optim import make_optimizer
+from .prefetch import Progress, training_steps
+from .run import Run
+from .trainer import Trainer
+
+__all__ = ["finetune"]
+
+# Settings that a resumed run may change without becoming another run.
+_FREE_ON_RESUME = {
+    *("iters", "epochs", "learning_rate", "rematerialize", "memory", "attention"),
+    *("report_every", "eval_every", "val_batches", "save_every", "keep_checkpoints"),
+}
+
+
+def finetune(
+    gemma: Gemma4,
+    data: Dataset,
+    config: TrainConfig = TrainConfig(),
+    *,
+    lora: LoraConfig | None = None,
+    objective: Objective = sft,
+    output: str | Path | None = None,
+    resume: bool = False,
+    callbacks: Sequence[Callback] = (),
+    console: bool = True,
+) -> Run:
+    """Train a model on data.
+
+    Args:
+        lora: what is adapted; by default the LoRA that the model carries, or LoraConfig().
+        objective: what is minimised, as in `mlx_gemma4.objectives`.
+        output: folder for all that a run writes; None keeps it in memory.
+        resume: go on from the newest checkpoint in `output`.
+        callbacks: told of progress, beside the console.
+        console: whether to print what trains, and show a bar on a terminal.
+
+    Raises:
+        DataError, TrainingError: no examples, a loss that is not finite, an output folder that
+            holds another run, a checkpoint that does not fit, `lora` for a full fine-tuning.
+    """
+    _require_usable(data, callbacks)
+    folder = Path(output) if output else None
+    newest = _claim(folder, resume) if folder else None
+    _prepare(gemma, config, lora)
+    order = BatchOrder.of(
+        data.train, data.config.max_seq_length, config.batch_size, config.packing, config.seed
+    )
+    total = _total_steps(order, config)
+    optimizer = make_optimizer(config, total, gemma.backbone.trainable_parameters())
+    memory = run_memory(gemma, data.train, config, order, optimizer, objective)
+    run = Run(gemma, [memory.note], output=folder)
+    checkpoints, progress = _checkpoints(run, data, config, optimizer, newest)
+    listeners = [Console()] * console + [*callbacks]
+    if folder:
+        listeners.append(MetricsFile(folder / "metrics.jsonl"))
+    trainer = Trainer(
+        gemma,
+        training_steps(gemma, data.train, order, progress, total, config.grad_accumulation_steps),
+        optimizer,
+        objective,
+        callbacks=listeners,
+        validate=_validation(gemma, data, config, objective),
+        checkpoints=checkpoints,
+        options=StepOptions(memory.remat_layers, config.attention),
+        config=config,
+        run=run,
+    )
+    resident, started = mx.get_active_memory(), time.perf_counter()
+    with cache_limited(memory.step // 2):
+        trainer.train(total)
+    run.summary = _summary(run, data, config, objective) | {
+        "seconds": time.perf_counter() - started,
+        "resident_before_gb": resident / 1e9,
+        "compilations": trainer.step.compilations,
+        "rematerialized_layers": memory.remat_layers,
+        "forecast_peak_gb": memory.peak / 1e9,
+    }
+    if folder:
+        write_text(folder / "summary.json", json.dumps(run.summary, indent=2) + "\n")
+    return run
+
+
+def _require_usable(data: Dataset, callbacks: Sequence[Callback]) -> None:
+    if not data.train:
+        raise DataError("there are no training examples", wanted="some", do="read another file")
+    for callback in callbacks:
+        if not isinstance(callback, Callback):
+            raise TrainingError(
+                f"{callback!r} is no Callback",
+                wanted="objects of subclasses of mlx_gemma4.Callback",
+                do="derive its class from mlx_gemma4.Callback",
+            )
+
+
+def _checkpoints(
+    run: Run,
+    data: Dataset,
+    config: TrainConfig,
+    optimizer: optim.Optimizer,
+    newest: Path | None,
+) -> tuple[Checkpoints | None, Progress]:
+    """Where the run saves, and where it begins: at the newest checkpoint, if there is one."""
+    if run.output is None:
+        return None, Progress()
+    settings = _settings(run.gemma, data, config)
+    fixed = _fixed_on_resume(settings) | {"examples": len(data.train)}
+    checkpoints, progress = Checkpoints(run.output, config.keep_checkpoints, fixed), Progress()
+    run.notes.append(checkpoints.note(run.gemma, optimizer))
+    if newest:
+        progress = checkpoints.restore(newest, run.gemma, optimizer)
+        run.step = progress.step
+        run.history = _read_metrics(run.output / "metrics.jsonl", run.step)
+    settings["output"] = str(run.output)
+    write_text(run.output / "config.yaml", yaml.safe_dump(settings))
+    return checkpoints, progress
+
+
+def _validation(
+    gemma: Gemma4, data: Dataset, config: TrainConfig, objective: Objective
+) -> Callable[[], float] | None:
+    if not data.valid:
+        return None
+    return lambda: evaluate(gemma, data.valid, data.config, config, objective)
+
+
+def _claim(output: Path, resume: bool) -> Path | None:
+    """Make the output folder, or find the checkpoint of the run that it holds."""
+    newest = Checkpoints(output, 1, {}).newest()
+    if resume and newest is None:
+        raise TrainingError(
+            f"{output} has no checkpoint to resume from",
+            wanted="the output folder of an earlier run",
+            do="check the output folder, or start without resume",
+        )
+    if not resume and (newest is not None or (output / "metrics.jsonl").exists()):
+        raise TrainingError(
+            f"{output} holds a run",
+            wanted="a new output folder, so that nothing is lost",
+            do="name another output folder, or resume",
+        )
+    try:
+        (output / "checkpoints").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TrainingError(
+            f"cannot make the folder {output}: {error}",
+            wanted="a folder to write to",
+            do="name another output folder",
+        ) from None
+    return newest
+
+
+def _prepare(gemma: Gemma4, config: TrainConfig, lora: LoraConfig | None) -> None:
+    """Say what trains, with LoRA's random start from the run's seed."""
+    if config.fine_tune_type == "full":
+        if gemma.lora is not None or lora is not None:
+            raise TrainingError(
+                "fine_tune_type is full, and "
+                + ("lora is given" if gemma.lora is None else "the model carries LoRA layers"),
+                wanted="LoRA or full fine-tuning",
+                do="leave out lora, and load the model without adapter; or set fine_tune_type lora",
+            )
+        gemma.train_all()
+    elif gemma.lora is None or lora is not None:
+        mx.random.seed(config.seed)
+        gemma.add_lora(lora or LoraConfig())
+
+
+def _total_steps(order: BatchOrder, config: TrainConfig) -> int:
+    if config.iters is not None:
+        return config.iters
+    batches = order.num_batches(1.0 if config.epochs is None else config.epochs)
+    return max(1, math.ceil(batches / config.grad_accumulation_steps))
+
+
+def _settings(gemma: Gemma4, data: Dataset, config: TrainConfig) -> dict[str, Any]:
+    """Every setting of the run, as config.yaml holds them."""
+    groups = [config, data.config, *([gemma.lora] if gemma.lora else [])]
+    return flatten(*groups) | {"model": gemma.name, "data": data.source}
+
+
+def _fixed_on_resume(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a resumed run must share; a schedule that falls ends with the run."""
+    falling = settings["lr_schedule"] != "constant"
+    free = _FREE_ON_RESUME - ({"iters", "epochs"} if falling else set())
+    return {key: value for key, value in settings.items() if key not in free}
+
+
+def _read_metrics(path: Path, last_step: int) -> list[dict[str, Any]]:
+    """The reports up to a step; a line that was cut short when the run was stopped is left out."""
+    reports = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            reports.append(json.loads(line))
+        except ValueError:
+            continue
+    return [report for report in reports if report["step"] <= last_step]
+
+
+def _summary(run: Run, data: Dataset, config: TrainConfig, objective: Objective) -> dict[str, Any]:
+    def last(key: str) -> list[float]:
+        return [report[key] for report in run.history if report[key] is not None]
+
+    trained, validated = last("loss"), last("val_loss")
+    trainable = flat(run.gemma.backbone.trainable_parameters())
+    test = evaluate(run.gemma, data.test, data.config, config, objective) if data.test else None
+    return {
+        "model": run.gemma.name,
+        "data": data.source,
+        "steps": run.step,
+        "stopped": run.stopped,
+        "train_loss": trained[-1] if trained else None,
+        "val_loss_before": validated[0] if validated else None,
+        "val_loss": validated[-1] if validated else None,
+        "test_loss": test,
+        "trainable_parameters": sum(value.size for value in trainable.values()),
+        "adapted_modules": dict(adapted_modules(run.gemma.backbone)),
+        "peak_memory_gb": mx.get_peak_memory() / 1e9,
+        "adapter": str(run.output / "adapter") if run.output else None,
+    }

@@ -1,0 +1,104 @@
+"""Batches on their way to the model: the next step's are built while the device works."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from typing import TypeVar
+
+import numpy as np
+
+from ..data.batch.collate import collate_alike
+from ..data.batch.order import BatchOrder, Rows
+from ..data.example import Example
+from ..data.store.arrays import lengths_of
+from ..gemma import Gemma4
+from ..model.ple import GatheredRows
+from ..nn.batch import Batch
+
+__all__ = ["Progress", "Step", "prepared", "training_steps"]
+
+Tag = TypeVar("Tag")
+_Built = list[tuple[Batch, GatheredRows | None]]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands: steps done, and the number of the next batch."""
+
+    step: int = 0
+    next_batch: int = 0
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the trainer takes for one optimizer step.
+
+    Attributes:
+        batches: of the accumulation, with their PLE rows.
+        num_tokens: of the examples in them, without padding.
+        progress: of the run when the step is done.
+    """
+
+    batches: Sequence[Batch]
+    num_tokens: int
+    progress: Progress
+
+
+def training_steps(
+    gemma: Gemma4,
+    examples: Sequence[Example],
+    order: BatchOrder,
+    start: Progress,
+    total: int,
+    accumulation: int = 1,
+) -> Iterator[Step]:
+    """The steps of a run after `start`, up to step `total`, with `accumulation` batches each."""
+    lengths = lengths_of(examples)
+
+    def rows_of_steps() -> Iterator[tuple[tuple[int, Progress], list[Rows]]]:
+        stream = order.batches(start.next_batch)
+        for number in range(start.step + 1, total + 1):
+            numbered = list(islice(stream, accumulation))
+            batches = [rows for _, rows in numbered]
+            tokens = sum(int(lengths[row].sum()) for rows in batches for row in rows)
+            yield (tokens, Progress(number, numbered[-1][0] + 1)), batches
+
+    for (tokens, progress), batches in prepared(gemma, examples, rows_of_steps()):
+        yield Step(batches, tokens, progress)
+
+
+def prepared(
+    gemma: Gemma4, examples: Sequence[Example], steps: Iterable[tuple[Tag, Sequence[Rows]]]
+) -> Iterator[tuple[Tag, list[Batch]]]:
+    """The batches of each step, ready for the model; the next step's are built meanwhile.
+
+    Args:
+        examples: what the rows are indices of.
+        steps: for each step anything, which is handed on, and the rows of its batches.
+    """
+
+    def build(batches: Sequence[Rows]) -> _Built:
+        """On the other thread: reads examples and PLE rows, and leaves the device alone."""
+        built = collate_alike([[[examples[i] for i in row] for row in rows] for rows in batches])
+        source = gemma.loaded.ple_rows
+        return [
+            (batch, source.gather(np.asarray(batch.tokens_BT)) if source else None)
+            for batch in built
+        ]
+
+    with ThreadPoolExecutor(max_workers=1) as worker:
+        waiting = None
+        for tag, batches in steps:
+            ahead = tag, worker.submit(build, batches)
+            if waiting is not None:
+                yield waiting[0], _finish(gemma, waiting[1].result())
+            waiting = ahead
+        if waiting is not None:
+            yield waiting[0], _finish(gemma, waiting[1].result())
+
+
+def _finish(gemma: Gemma4, built: _Built) -> list[Batch]:
+    return [batch.with_ple_rows(gemma, gathered) for batch, gathered in built]

@@ -1,0 +1,188 @@
+"""The training loop; `finetune` puts one together from settings."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.optimizers as optim
+import numpy as np
+
+from ..config import TrainConfig
+from ..errors import TrainingError
+from ..gemma import Gemma4
+from ..nn.batch import StepOptions
+from ..objectives import Objective, Sums
+from ..objectives.sft import sft
+from .callbacks import Callback
+from .checkpoint import Checkpoints
+from .prefetch import Progress, Step
+from .run import Run
+from .step import CompiledStep
+
+__all__ = ["Trainer"]
+
+
+class Trainer:
+    """A training loop: fetch, step, evaluate, report, save, stop.
+
+    Everything that it does comes from outside, so that the batches may be those of files or made
+    by the model itself, and the objective any function of their log-probabilities.
+
+    Args:
+        gemma: trained in place; LoRA layers or unfrozen weights say what trains.
+        steps: an iterable of `Step`, each with the batches of one optimizer step.
+        optimizer: from `make_optimizer`, or any of mlx.optimizers, initialised.
+        objective: of the log-probabilities of a batch's targets.
+        callbacks: told of everything, in this order.
+        validate: gives the validation loss; None where there is nothing to validate on.
+        checkpoints: where to save; None keeps the run in memory.
+        options: how a step is computed.
+        config: gives seed, max_grad_norm, and how often to report, evaluate and save.
+        run: what is told to callbacks, and returned.
+    """
+
+    def __init__(
+        self,
+        gemma: Gemma4,
+        steps: Iterable[Step],
+        optimizer: optim.Optimizer,
+        objective: Objective = sft,
+        *,
+        callbacks: Sequence[Callback] = (),
+        validate: Callable[[], float] | None = None,
+        checkpoints: Checkpoints | None = None,
+        options: StepOptions = StepOptions(),
+        config: TrainConfig = TrainConfig(),
+        run: Run | None = None,
+    ):
+        self.gemma, self.steps, self.optimizer = gemma, steps, optimizer
+        self.callbacks, self.validate, self.checkpoints = callbacks, validate, checkpoints
+        self.config, self.run = config, run or Run(gemma)
+        self.step = CompiledStep(gemma, optimizer, objective, options, config.max_grad_norm)
+        self._meter = _Meter()
+
+    def train(self, total: int) -> Run:
+        """Take the steps, up to number `total`.
+
+        Raises:
+            TrainingError: a loss that is not finite.
+        """
+        run, config = self.run, self.config
+        for callback in self.callbacks:
+            callback.start(run, run.step, total)
+        try:
+            if not run.step:
+                self._report(self._validated())
+            for step in self.steps:
+                self._take(step)
+                last = run.step == total or run.stopped is not None
+                evaluated = last or run.step % config.eval_every == 0
+                val_loss = self._validated() if evaluated else None
+                if evaluated or run.step % config.report_every == 0:
+                    self._report(val_loss)
+                if self._is_to_be_saved(val_loss, last):
+                    self._save(step.progress, val_loss)
+                if last:
+                    break
+        finally:
+            self.gemma.backbone.eval()
+            for callback in self.callbacks:
+                callback.end()
+        return run
+
+    def _take(self, step: Step) -> None:
+        """One optimizer step."""
+        self.gemma.backbone.train()
+        number = step.progress.step
+        random = np.random.SeedSequence([self.config.seed, number]).generate_state(1)[0]
+        sums, norm = self.step(step.batches, mx.random.key(int(random)))
+        # One step at a time on the device: the next one's memory would add to this one's.
+        mx.eval(
+            sums.loss,
+            sums.count,
+            sums.metrics,
+            norm,
+            self.gemma.backbone.trainable_parameters(),
+            self.optimizer.state,
+        )
+        loss, count = float(sums.loss), float(sums.count)
+        if not math.isfinite(loss):
+            raise self._not_finite(loss, number)
+        self.run.step = number
+        self._meter.add(sums, norm, step.num_tokens)
+        for callback in self.callbacks:
+            callback.advance(number, loss / count)
+
+    def _validated(self) -> float | None:
+        return self.validate() if self.validate else None
+
+    def _report(self, val_loss: float | None) -> None:
+        rate = float(self.optimizer.learning_rate)
+        metrics = {"step": self.run.step, **self._meter.take(val_loss, rate)}
+        self.run.history.append(metrics)
+        for callback in self.callbacks:
+            callback.report(metrics)
+
+    def _is_to_be_saved(self, val_loss: float | None, last: bool) -> bool:
+        if self.checkpoints is None:
+            return False
+        best = val_loss is not None and self.checkpoints.is_best(val_loss)
+        return last or best or self.run.step % self.config.save_every == 0
+
+    def _save(self, progress: Progress, val_loss: float | None) -> None:
+        assert self.checkpoints is not None
+        saved = self.checkpoints.save(self.gemma, self.optimizer, progress, val_loss)
+        for callback in self.callbacks:
+            callback.saved(saved)
+
+    def _not_finite(self, loss: float, step: int) -> TrainingError:
+        newest = self.checkpoints.newest() if self.checkpoints else None
+        kept = f"; {newest} is kept" if newest else ""
+        return TrainingError(
+            f"the loss of step {step} is {loss}{kept}",
+            wanted="a finite loss",
+            do="lower the learning rate" + (" and resume" if newest else ""),
+        )
+
+
+class _Meter:
+    """Sums since the last report; tokens are those of the examples, without padding."""
+
+    def __init__(self) -> None:
+        mx.reset_peak_memory()
+        self._clear()
+
+    def _clear(self) -> None:
+        self._loss, self._count, self._tokens = 0.0, 0.0, 0
+        self._norm: float | None = None
+        self._metrics: dict[str, float] = {}
+        self._since, self._seconds = time.perf_counter(), 0.0
+
+    def add(self, sums: Sums, norm: mx.array | None, tokens: int) -> None:
+        self._loss += float(sums.loss)
+        self._count += float(sums.count)
+        self._tokens += tokens
+        self._seconds = time.perf_counter() - self._since
+        self._norm = None if norm is None else float(norm)
+        for name, value in sums.metrics.items():
+            self._metrics[name] = self._metrics.get(name, 0.0) + float(value)
+
+    def take(self, val_loss: float | None, learning_rate: float) -> dict[str, Any]:
+        """A line of metrics since the last; `grad_norm` is the last step's, before clipping."""
+        metrics: dict[str, Any] = {
+            "loss": self._loss / self._count if self._count else None,
+            "val_loss": val_loss,
+            "tokens": self._tokens,
+            "tokens_per_second": self._tokens / self._seconds if self._tokens else 0.0,
+            "learning_rate": learning_rate,
+            "peak_memory_gb": mx.get_peak_memory() / 1e9,
+        }
+        if self._norm is not None:
+            metrics["grad_norm"] = self._norm
+        metrics |= {name: value / self._count for name, value in self._metrics.items()}
+        self._clear()
+        return metrics

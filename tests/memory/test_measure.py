@@ -1,0 +1,135 @@
+"""How many layers are rematerialised: with steps that are made up, and with real ones."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+from step_memory import build_model, measured, plan_of
+
+from mlx_gemma4.memory.estimate import StepSettings, estimate
+from mlx_gemma4.memory.measure import MARGIN, measure, plan_memory
+
+LAYERS = 10
+
+
+class Steps:
+    """Steps that take `fixed + length * (layers * each - spared)` bytes, and what was run."""
+
+    def __init__(self, fixed=1_000_000, kept=1000, lean=100, scale=1.0):
+        self.fixed, self.kept, self.lean, self.scale = fixed, kept, lean, scale
+        self.ran: list[tuple[int, int]] = []
+
+    def bytes(self, length: int, layers: int) -> int:
+        kept = (LAYERS - layers) * self.kept + layers * self.lean
+        return round(self.scale * (self.fixed + length * kept))
+
+    def __call__(self, length: int, layers: int) -> int:
+        self.ran.append((length, layers))
+        return self.bytes(length, layers)
+
+
+def found(steps, expect, memory, length=8192, **more):
+    given = {"length": length, "layers": LAYERS, "resident": 5_000_000, "memory": memory}
+    return measure(steps, expect.bytes, **given, **more)
+
+
+def test_nothing_is_measured_where_all_fits():
+    steps, expect = Steps(), Steps()
+    it = found(steps, expect, 10**9)
+    assert it.remat_layers == 0 and it.note == "estimated" and not steps.ran
+
+
+def test_the_fewest_layers_that_fit():
+    """Steps take a third more than the formula says: what is measured counts."""
+    steps, expect = Steps(scale=1.33), Steps()
+    memory = round(5e6 + (1 + MARGIN) * steps.bytes(8192, 4) + 1000)
+    it = found(steps, expect, memory)
+    assert it.remat_layers == 4
+    assert abs(it.step - steps.bytes(8192, 4)) < 0.001 * it.step
+    assert sorted(steps.ran) == [(1024, 0), (1024, 10), (2048, 0), (2048, 10)]
+    assert found(steps, expect, memory - 10_000_000).remat_layers == 5
+
+
+def test_one_layer_is_not_all():
+    steps, expect = Steps(), Steps()
+    memory = round(5e6 + (1 + MARGIN) * steps.bytes(8192, 1) + 1000)
+    it = found(steps, expect, memory)
+    assert it.remat_layers == 1
+    assert it.step > 2 * steps.bytes(8192, LAYERS)
+
+
+def test_all_layers_where_nothing_else_fits():
+    it = found(Steps(), Steps(), 6_000_000)
+    assert it.remat_layers == LAYERS and it.peak > 6_000_000
+
+
+def test_a_short_length_is_measured_itself():
+    steps, expect = Steps(), Steps()
+    found(steps, expect, 12_000_000, length=600)
+    assert sorted(steps.ran) == [(600, 0), (600, 10)]
+
+
+def test_a_window_moves_the_lengths():
+    steps = Steps()
+    found(steps, Steps(), 80_000_000, window=2048)
+    assert {length for length, _ in steps.ran} == {2048, 4096}
+
+
+def test_steps_that_would_not_fit_are_not_tried():
+    steps = Steps(kept=10_000)
+    memory = 5_000_000 + steps.bytes(700, 0)
+    found(steps, steps, memory)
+    assert all(length <= 700 for length, _ in steps.ran)
+
+
+def test_uneven_layers_spare_what_the_formula_says():
+    """The first half spares a tenth of what the second does."""
+
+    def expect(length, layers):
+        return length * (1100 - 20 * min(layers, 5) - 180 * max(0, layers - 5))
+
+    it = measure(expect, expect, length=8192, layers=10, resident=0,
+                 memory=round(1.1 * expect(8192, 7)) + 10)  # fmt: skip
+    assert it.remat_layers == 7
+
+
+def test_settings_that_are_given_are_not_measured():
+    plan = plan_of("dense")
+    given = partial(plan_memory, plan, StepSettings(length=512), memory=10**9, resident=10**6)
+    steps = Steps()
+    assert given(rematerialize="none", run_step=steps).remat_layers == 0
+    assert given(rematerialize="all", run_step=steps).remat_layers == 6
+    assert given(rematerialize="1", run_step=steps).remat_layers == 1
+    assert not steps.ran
+    tight = replace(given(rematerialize="all", run_step=None), note="")
+    assert tight.step == estimate(plan, StepSettings(length=512, remat_layers=6)).step
+    note = plan_memory(
+        plan, StepSettings(length=512), rematerialize="auto", memory=10**6, resident=10**6
+    ).note
+    assert "6 of 6 layers rematerialised" in note and "shorter max_seq_length" in note
+
+
+def test_the_foreseen_step_of_a_real_model():
+    """Measured at 1024 and 2048 positions; at 2560 it takes what was foreseen."""
+    plan = plan_of("dense", 2, vocab_size=512)
+    settings = StepSettings(length=2560, dtype="float32", attention="blockwise", compiled=False)
+    built = build_model(plan, settings)
+
+    def run_step(length, layers):
+        given = replace(settings, length=length, remat_layers=layers)
+        return measured(plan, given, built)[1]
+
+    resident = resident_of(plan, settings)
+    whole = estimate(plan, settings)
+    memory = round(resident + whole.step * 1.05)
+    it = plan_memory(plan, settings, rematerialize="auto", memory=memory, resident=resident,
+                     run_step=run_step)  # fmt: skip
+    assert "measured" in it.note
+    actual = run_step(2560, it.remat_layers)
+    assert abs(it.step - actual) <= 0.25 * actual
+    assert abs(it.peak - resident - actual) <= 0.1 * (resident + actual)
+
+
+def resident_of(plan, settings):
+    return estimate(plan, settings).resident
