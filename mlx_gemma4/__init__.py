@@ -17,30 +17,23 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "AdapterError": "errors",
-    "Batch": "nn.batch",
-    "Callback": "train.callbacks",
-    "CapabilityError": "errors",
-    "ConfigError": "errors",
-    "DataConfig": "config",
-    "DataError": "errors",
-    "Dataset": "data.dataset",
-    "ExportError": "errors",
-    "Gemma4": "gemma",
-    "Gemma4Error": "errors",
-    "LoraConfig": "config",
-    "ModelError": "errors",
-    "Plan": "model.plan",
-    "Run": "train.run",
-    "StepOptions": "nn.batch",
-    "Sums": "objectives",
-    "TrainConfig": "config",
-    "Trainer": "train.trainer",
-    "TrainingError": "errors",
-    "finetune": "train.finetune",
-    "load": "gemma",
-    "loss_and_grads": "train.step",
-    "read": "data.dataset",
+    name: module
+    for module, names in {
+        "config": "DataConfig LoraConfig TrainConfig",
+        "data.dataset": "Dataset read",
+        "errors": "AdapterError CapabilityError ConfigError DataError ExportError Gemma4Error "
+        "ModelError TrainingError",
+        "gemma": "Gemma4 load",
+        "model.plan": "Plan",
+        "nn.batch": "Batch StepOptions",
+        "objectives": "Sums",
+        "train.callbacks": "Callback",
+        "train.finetune": "finetune",
+        "train.run": "Run",
+        "train.step": "loss_and_grads",
+        "train.trainer": "Trainer",
+    }.items()
+    for name in names.split()
 }
 
 __all__ = sorted(_HOMES)

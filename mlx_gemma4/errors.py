@@ -1,16 +1,4 @@
-"""What can go wrong, and how it is told.
-
-Every error says three things: what was found, what was wanted, what to do.
-
-    Gemma4Error
-    ├── ConfigError       a setting: unknown key, wrong type, two that exclude each other
-    ├── ModelError        a checkpoint: missing, wrong kind, incomplete weights
-    │   └── CapabilityError   a backbone that cannot do what was asked of it
-    ├── DataError         a data file or row
-    ├── AdapterError      an adapter that does not fit, or a LoRA target that is not there
-    ├── ExportError       an export that does not do what the trained model does
-    └── TrainingError     a run that must not go on, such as a non-finite loss
-"""
+"""Every error says three things: what was found, what was wanted, what to do."""
 
 from __future__ import annotations
 
@@ -30,13 +18,7 @@ __all__ = [
 
 
 class Gemma4Error(Exception):
-    """The root of the tree.
-
-    Args:
-        found: what is the case, with names and numbers.
-        wanted: what should have been.
-        do: the next step for the person who reads it.
-    """
+    """The root: what was found, what was wanted, and what the reader should do."""
 
     def __init__(self, found: str, *, wanted: str, do: str):
         super().__init__(f"{found}\n  wanted: {wanted}\n  do:     {do}")
@@ -47,11 +29,11 @@ class Gemma4Error(Exception):
 
 
 class ConfigError(Gemma4Error):
-    """A setting that cannot be used."""
+    """A setting: unknown key, wrong type, two that exclude each other."""
 
 
 class ModelError(Gemma4Error):
-    """A checkpoint that cannot be used."""
+    """A checkpoint: missing, wrong kind, incomplete weights."""
 
 
 class CapabilityError(ModelError):
@@ -71,11 +53,16 @@ class ExportError(Gemma4Error):
 
 
 class TrainingError(Gemma4Error):
-    """A run that must not go on."""
+    """A run that must not go on, such as a non-finite loss."""
 
 
 def _rebuild(kind: type[Gemma4Error], found: str, wanted: str, do: str) -> Gemma4Error:
     return kind(found, wanted=wanted, do=do)
+
+
+def damaged(found: str, wanted: str, do: str = "download it again") -> ModelError:
+    """The error for a file of a checkpoint that is not as it was published."""
+    return ModelError(found, wanted=wanted, do=do)
 
 
 def listing(names: Iterable[object], limit: int = 20) -> str:

@@ -42,14 +42,12 @@ def load(
         path_or_hub_id: a checkpoint folder, or a Hugging Face id.
         adapter: an adapter folder in mlx-lm's layout, such as OUTPUT/adapter.
         encoders: build vision and audio encoders too, through mlx-vlm.
-        towers: the old name of `encoders`, refused.
+        towers: the old name of `encoders`, refused with a ConfigError.
 
     Returns:
-        The model with everything frozen; `add_lora` or `train_all` says what trains. With an
-        adapter, its LoRA layers train.
+        The model, frozen (but for the adapter); `add_lora` or `train_all` says what trains.
 
     Raises:
-        ConfigError: `towers` was given.
         ModelError: the checkpoint cannot be used as it is.
         AdapterError: the adapter does not fit it.
 
@@ -152,9 +150,8 @@ class Gemma4:
                 do="train LoRA, or load the original checkpoint",
             )
         for module in text.modules():
-            buffers = [name for name in module if is_frozen_buffer(name)]
             module.unfreeze(recurse=False)
-            if buffers:
+            if buffers := [name for name in module if is_frozen_buffer(name)]:
                 module.freeze(recurse=False, keys=buffers)
         if not self.plan.tied:
             lm_head(self.backbone).unfreeze()
@@ -164,11 +161,7 @@ class Gemma4:
         return "".join(self.stream(prompt, **options))
 
     def stream(self, prompt: str, **options: Any) -> Iterator[str]:
-        """The answer in pieces.
-
-        Args:
-            options: system, max_tokens, temperature, top_p, seed, as in
-                `model.generation.stream_answer`.
+        """The answer in pieces; options as in `model.generation.stream_answer`.
 
         Raises:
             CapabilityError: the model was loaded with encoders.

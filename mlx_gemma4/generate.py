@@ -26,9 +26,8 @@ def main(arguments: list[str] | None = None) -> None:
     run, answer, train = build([RunConfig, GenerateConfig, TrainConfig], values, "the flags")
     for flag, given in (("--model", run.model), ("--prompt", answer.prompt)):
         if given is None:
-            raise ConfigError(
-                f"{flag} is not given", wanted="a model and a prompt", do=f"give {flag}"
-            )
+            wanted = "a model and a prompt"
+            raise ConfigError(f"{flag} is not given", wanted=wanted, do=f"give {flag}")
 
     from .gemma import load
 

@@ -46,9 +46,8 @@ def write_text(path: str | Path, text: str) -> None:
 def new_folder(folder: str | Path, *, sync: bool = False) -> Iterator[Path]:
     """A new folder to write into, which takes the place of `folder` when the block is done.
 
-    It lies beside `folder` under a hidden name. The change of names is one step of the file
-    system, so a process that is killed leaves the old folder or the new one. After an error the
-    old folder is as it was and the new one is gone.
+    It lies beside `folder` under a hidden name; a process that is killed leaves the old folder or
+    the new one. After an error the old folder is as it was and the new one is gone.
 
     Args:
         sync: bring its files to the disk before its name changes.
@@ -59,19 +58,14 @@ def new_folder(folder: str | Path, *, sync: bool = False) -> Iterator[Path]:
     """
     folder = Path(folder).expanduser().absolute()
     partial = folder.with_name(f".partial-{os.getpid()}-{folder.name}")
+    remedy = {"wanted": "a folder to write to", "do": "name another output folder"}
     if folder.exists() and not folder.is_dir():
-        raise ConfigError(
-            f"{folder} is a file", wanted="a folder to write to", do="name another output folder"
-        )
+        raise ConfigError(f"{folder} is a file", **remedy)
     try:
         _remove_abandoned(folder)
         partial.mkdir(parents=True)
     except OSError as error:
-        raise ConfigError(
-            f"cannot make the folder {folder}: {error}",
-            wanted="a folder to write to",
-            do="name another output folder",
-        ) from None
+        raise ConfigError(f"cannot make the folder {folder}: {error}", **remedy) from None
     try:
         yield partial
         if sync:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ..errors import ConfigError
-from .schema import Settings, setting
+from .schema import Settings, setting, wrong
 
 __all__ = ["DataConfig"]
 
@@ -50,8 +49,4 @@ class DataConfig(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.valid_fraction is not None and not 0 < self.valid_fraction < 1:
-            raise ConfigError(
-                f"valid_fraction is {self.valid_fraction}",
-                wanted="between 0 and 1",
-                do="change valid_fraction",
-            )
+            raise wrong("valid_fraction", self.valid_fraction, "between 0 and 1")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..errors import ConfigError
-from .schema import Settings, flatten, setting
+from .schema import Settings, flatten, setting, wrong
 
 __all__ = ["LoraConfig"]
 
@@ -16,9 +16,8 @@ __all__ = ["LoraConfig"]
 class LoraConfig(Settings):
     """LoRA: y = W x + (alpha / rank) B A x (Hu et al. 2021, arXiv:2106.09685, section 4.1).
 
-    The words are PEFT's: rsLoRA divides by the root of the rank (Kalajdzievski 2023,
-    arXiv:2312.03732), DoRA learns each row's length apart from its direction (Liu et al. 2024,
-    arXiv:2402.09353), and patterns give single modules a rank or alpha of their own.
+    The words are PEFT's: rsLoRA (Kalajdzievski 2023, arXiv:2312.03732), DoRA (Liu et al. 2024,
+    arXiv:2402.09353), and patterns, which give single modules a rank or alpha of their own.
     """
 
     rank: int = setting(8, "rank of the adapters", prefix="lora_", at_least=1)
@@ -48,23 +47,14 @@ class LoraConfig(Settings):
         for key, least in (("rank_pattern", 1), ("alpha_pattern", 0)):
             for name, value in (getattr(self, key) or {}).items():
                 if not least <= value < math.inf:
-                    raise ConfigError(
-                        f"{key} gives {name} {value}",
-                        wanted=f"{least} or more",
-                        do=f"change {key}",
-                    )
+                    found = f"{key} gives {name} {value}"
+                    raise ConfigError(found, wanted=f"{least} or more", do=f"change {key}")
         if not self.dropout < 1:
-            raise ConfigError(
-                f"lora_dropout is {self.dropout}", wanted="below 1", do="change lora_dropout"
-            )
+            raise wrong("lora_dropout", self.dropout, "below 1")
         if self.num_layers == 0:
-            raise ConfigError(
-                "num_layers is 0", wanted="1 or more, or -1 for all", do="change num_layers"
-            )
+            raise wrong("num_layers", 0, "1 or more, or -1 for all")
         if not self.targets:
-            raise ConfigError(
-                "lora_targets is empty", wanted="at least one module", do="name a target"
-            )
+            raise wrong("lora_targets", "empty", "at least one module")
 
     def __hash__(self) -> int:
         return hash(repr(sorted(flatten(self).items(), key=lambda pair: pair[0])))

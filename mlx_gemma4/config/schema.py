@@ -8,6 +8,7 @@ A setting is a field of a frozen dataclass. Its name, its flag and its YAML key 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -20,7 +21,16 @@ from typing import Any, Literal, NamedTuple
 
 from ..errors import ConfigError
 
-__all__ = ["Part", "Settings", "build", "flatten", "read_arguments", "read_yaml", "setting"]
+__all__ = [
+    "Part",
+    "Settings",
+    "build",
+    "flatten",
+    "read_arguments",
+    "read_yaml",
+    "setting",
+    "wrong",
+]
 
 
 def setting(default: Any, help: str, *, prefix: str = "", at_least: float | None = None) -> Any:
@@ -45,12 +55,13 @@ class Settings:
             value = _coerce(getattr(self, item.name), hints[item.name], _key(item))
             lower = item.metadata["at_least"]
             if lower is not None and value is not None and not lower <= value < math.inf:
-                raise ConfigError(
-                    f"{_key(item)} is {value}",
-                    wanted=f"{lower} or more",
-                    do=f"change {_key(item)}",
-                )
+                raise wrong(_key(item), value, f"{lower} or more")
             object.__setattr__(self, item.name, value)
+
+
+def wrong(key: str, value: object, wanted: str) -> ConfigError:
+    """The error for the value of one setting."""
+    return ConfigError(f"{key} is {value}", wanted=wanted, do=f"change {key}")
 
 
 def _key(item: dataclasses.Field) -> str:
@@ -82,14 +93,10 @@ def _coerce(value: Any, kind: Any, key: str) -> Any:
         if isinstance(value, Mapping) and all(isinstance(name, str) for name in value):
             return {name: _coerce(v, options[1], f"{key}.{name}") for name, v in value.items()}
         wanted = "names with numbers, such as q_proj=16 down_proj=4"
-    elif kind is bool:
-        if isinstance(value, bool):
+    elif kind in (bool, int):
+        if type(value) is kind:
             return value
-        wanted = "true or false"
-    elif kind is int:
-        if isinstance(value, int) and not isinstance(value, bool):
-            return value
-        wanted = "a whole number"
+        wanted = "true or false" if kind is bool else "a whole number"
     elif kind is float:
         wanted = "a number"
         if not isinstance(value, bool):
@@ -101,16 +108,14 @@ def _coerce(value: Any, kind: Any, key: str) -> Any:
         return str(value)
     else:
         wanted = "text"
-    raise ConfigError(f"{key} is {value!r}", wanted=wanted, do=f"change {key}")
+    raise wrong(key, repr(value), wanted)
 
 
 def _number(text: str) -> int | float | str:
     """A flag's number; what is none stays text, for the message."""
     for kind in (int, float):
-        try:
+        with contextlib.suppress(ValueError):
             return kind(text)
-        except ValueError:
-            continue
     return text
 
 
@@ -118,25 +123,20 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """The settings in a YAML file, as a flat mapping of keys to values."""
     import yaml
 
+    lines = "lines of `key: value`"
     try:
         content = yaml.safe_load(Path(path).read_text())
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"cannot read {path}: {error}", wanted="a YAML file", do="check the path"
-        ) from error
+        found = f"cannot read {path}: {error}"
+        raise ConfigError(found, wanted="a YAML file", do="check the path") from error
     except yaml.YAMLError as error:
         raise ConfigError(
-            f"{path} is not YAML: {error}", wanted="lines of `key: value`", do="mend the file"
+            f"{path} is not YAML: {error}", wanted=lines, do="mend the file"
         ) from error
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise ConfigError(
-            f"{path} holds a {type(content).__name__}",
-            wanted="lines of `key: value`",
-            do="mend the file",
-        )
-    return content
+    if not isinstance(content, dict | None):
+        found = f"{path} holds a {type(content).__name__}"
+        raise ConfigError(found, wanted=lines, do="mend the file")
+    return content or {}
 
 
 def build(
@@ -145,28 +145,22 @@ def build(
     """An instance of every group from one flat mapping; an unknown key is an error.
 
     Args:
-        groups: the dataclasses that the mapping may fill.
         values: keys as in YAML.
         source: where the values come from, for the message.
     """
-    known = {_key(item) for group in groups for item in dataclasses.fields(group)}
+    keys = [{_key(item): item.name for item in dataclasses.fields(group)} for group in groups]
+    known = sorted(set().union(*keys))
     for key in values:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
             raise ConfigError(
                 f"unknown key {key!r} in {source}",
-                wanted="one of " + ", ".join(sorted(known)),
+                wanted="one of " + ", ".join(known),
                 do=f"did you mean {near[0]!r}?" if near else "remove it",
             )
     return tuple(
-        group(
-            **{
-                item.name: values[_key(item)]
-                for item in dataclasses.fields(group)
-                if _key(item) in values
-            }
-        )
-        for group in groups
+        group(**{names[key]: value for key, value in values.items() if key in names})
+        for group, names in zip(groups, keys)
     )
 
 
@@ -211,8 +205,6 @@ def read_arguments(
 
     Args:
         name: of the module that `python -m` runs.
-        description: for --help.
-        parts: the settings that the command has.
         arguments: the command line's words; None is sys.argv's.
         usage: for --help, after `python -m NAME`.
         yaml_groups: settings that a file named with --config may hold; empty for no such flag.
@@ -228,12 +220,8 @@ def read_arguments(
         allow_abbrev=False,
     )
     if yaml_groups:
-        parser.add_argument(
-            "-c",
-            "--config",
-            metavar="FILE",
-            help="a YAML file of these settings; flags win over it",
-        )
+        text = "a YAML file of these settings; flags win over it"
+        parser.add_argument("-c", "--config", metavar="FILE", help=text)
     for part in parts:
         _add_flags(parser, part)
     given = vars(parser.parse_args(arguments))
@@ -252,8 +240,7 @@ def _add_flags(parser: argparse.ArgumentParser, part: Part) -> None:
             continue
         kind, key = hints[item.name], _key(item)
         options: dict[str, Any] = {"default": argparse.SUPPRESS}
-        default = "" if item.default is None else f" (default: {_shown(item.default)})"
-        options["help"] = part.help.get(item.name, item.metadata["help"]) + default
+        options["help"] = part.help.get(item.name, item.metadata["help"]) + _shown(item.default)
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(kind) is Literal:
@@ -272,6 +259,8 @@ def _add_flags(parser: argparse.ArgumentParser, part: Part) -> None:
 
 
 def _shown(default: Any) -> str:
+    if default is None:
+        return ""
     if isinstance(default, bool):
-        return "yes" if default else "no"
-    return " ".join(default) if isinstance(default, tuple) else str(default)
+        default = "yes" if default else "no"
+    return f" (default: {' '.join(default) if isinstance(default, tuple) else default})"

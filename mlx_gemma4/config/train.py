@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..errors import ConfigError
-from .schema import Settings, setting
+from .schema import Settings, setting, wrong
 
 __all__ = ["TrainConfig"]
 
@@ -83,11 +83,8 @@ class TrainConfig(Settings):
                 do="take optimizer adamw, or leave out weight_decay",
             )
         if self.min_learning_rate > self.learning_rate:
-            raise ConfigError(
-                f"min_learning_rate is {self.min_learning_rate}",
-                wanted=f"at most learning_rate, {self.learning_rate}",
-                do="change one of them",
-            )
+            most = f"at most learning_rate, {self.learning_rate}"
+            raise wrong("min_learning_rate", self.min_learning_rate, most)
         # "layer" is the earlier word for all.
         word = "all" if self.rematerialize == "layer" else str(self.rematerialize)
         object.__setattr__(self, "rematerialize", word)

@@ -27,8 +27,7 @@ from ..errors import ConfigError, run_command
 from ..model.text import text_side
 from ..storage import write_text
 
-_SHOWN = 20
-"""Examples of each split on the page, at least."""
+_SHOWN = 20  # examples of each split on the page, at least
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -44,7 +43,11 @@ def main(arguments: list[str] | None = None) -> None:
         count = max(look.show, _SHOWN)
         lengths = {split: part["examples"] for split, part in figures["splits"].items()}
         shown = [data.show(i, split) for split, n in lengths.items() for i in range(min(count, n))]
-        _write(look.html, page(figures, shown))
+        try:
+            write_text(look.html, page(figures, shown))
+        except OSError as error:
+            found = f"cannot write {look.html}: {error}"
+            raise ConfigError(found, wanted="a file to write", do="change --html") from None
     if look.json:
         print(json.dumps(figures, indent=2))
         return
@@ -77,15 +80,6 @@ def _settings(arguments: list[str] | None) -> tuple[Any, ...]:
             do="give both",
         )
     return run, data, train, look
-
-
-def _write(path: str, text: str) -> None:
-    try:
-        write_text(path, text)
-    except OSError as error:
-        raise ConfigError(
-            f"cannot write {path}: {error}", wanted="a file to write", do="change --html"
-        ) from None
 
 
 if __name__ == "__main__":

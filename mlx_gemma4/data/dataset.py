@@ -53,8 +53,7 @@ class Dataset:
     """Examples by split; indexing and length are those of `train`.
 
     Attributes:
-        source: where the rows came from.
-        config: how they became examples.
+        source: where the rows came from; `config` is how they became examples.
         train, valid, test: examples in the order of the files.
         formats: how many files of each format were read.
         facts: what was seen on the way: shapes of rows, what was left out or cut, and why.
@@ -102,8 +101,7 @@ class Dataset:
     def stats(self, batch_size: int = 1, packing: bool = True) -> dict[str, Any]:
         """Counts of everything that was read, as plain numbers, lists and dicts.
 
-        Args:
-            batch_size, packing: as in TrainConfig, for padding and steps an epoch.
+        `batch_size` and `packing`, as in TrainConfig, decide padding and steps an epoch.
         """
         splits = self._splits()
         order = BatchOrder.of(splits["train"], self.config.max_seq_length, batch_size, packing)
@@ -128,7 +126,6 @@ def read(source: Input, gemma: ReadsText, config: DataConfig = DataConfig()) -> 
             takes each training row twice an epoch, 0.5 takes half of them. Or rows in memory: a
             list of dicts, a `datasets.Dataset`, or a dict of such by split.
         gemma: whose tokenizer and chat template are used.
-        config: which tokens are targets, and what is done with long or bad rows.
 
     Raises:
         DataError: the first row that cannot be used, by file and line; or no rows at all.
@@ -148,7 +145,7 @@ def read(source: Input, gemma: ReadsText, config: DataConfig = DataConfig()) -> 
             wanted=f"at most {limit}, the model's max_position_embeddings",
             do="lower max_seq_length",
         )
-    column_map(config.columns)
+    column_map(config.columns)  # refuses what is no map before anything is read
     weights, found = find_sources(source, config)
     everything = [part for splits in found for parts in splits.values() for part in parts]
     task = Task(gemma.tokenizer, gemma.plan.vocab_size, config)
@@ -159,22 +156,26 @@ def read(source: Input, gemma: ReadsText, config: DataConfig = DataConfig()) -> 
             {split: [reader.store(part) for part in parts] for split, parts in splits.items()}
             for splits in found
         ]
-    dataset = Dataset(", ".join(weights), config, tokenizer=gemma.tokenizer)
-    dataset.formats.update(part.label for part in everything)
-    for split in SPLITS:
-        of_split = [store for splits in stores for store in splits.get(split, [])]
-        setattr(dataset, split, Examples(of_split))
-    for store in (store for splits in stores for parts in splits.values() for store in parts):
-        dataset.facts.add(store.facts)
+    train, valid, test = (
+        Examples([store for splits in stores for store in splits.get(split, ())])
+        for split in SPLITS
+    )
+    facts = Facts()
+    for store in (*train.stores, *valid.stores, *test.stores):
+        facts.add(store.facts)
+    name = ", ".join(weights)
+    if config.valid_fraction is not None:
+        train, valid = _without_validation(train, valid, config.valid_fraction, name)
     sizes = [sum(map(len, splits["train"])) for splits in stores]
-    _split_and_weigh(dataset, sizes, list(weights.values()))
-    if not dataset.train:
+    train = _weighted(train, sizes, list(weights.values()))
+    if not train:
         raise DataError(
-            f"{dataset.source} leaves no example to train on",
+            f"{name} leaves no example to train on",
             wanted="at least one",
             do="raise the weights, or lower valid_fraction",
         )
-    return dataset
+    formats = Counter(part.label for part in everything)
+    return Dataset(name, config, train, valid, test, formats, facts, gemma.tokenizer)
 
 
 class _Reader:
@@ -189,8 +190,9 @@ class _Reader:
         """The examples of one file or split."""
         fingerprint = source.fingerprint() if self._key else None
         if fingerprint is None:
-            many = (source.count or 0) > _MANY_ROWS
-            encoded = self._by_workers(source) if many else map(self._encode, _chunks(source))
+            if (source.count or 0) > _MANY_ROWS:
+                return _filled(StoreWriter(), source, self._by_workers(source))
+            encoded = (encode_chunk(self._task, chunk) for chunk in _chunks(source))
             return _filled(StoreWriter(), source, encoded)
         parts = (self._key, source.place, source.label, fingerprint)
         key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
@@ -199,9 +201,6 @@ class _Reader:
             _filled(StoreWriter(folder), source, self._by_workers(source))
 
         return Store.open(cached(key, build), source.place)
-
-    def _encode(self, chunk: Chunk) -> Encoded:
-        return encode_chunk(self._task, chunk)
 
     def _by_workers(self, source: Source) -> Iterator[Encoded]:
         from tqdm import tqdm
@@ -223,8 +222,7 @@ class _Reader:
             def told() -> Iterator[Chunk]:
                 for chunk in _chunks(source):
                     yield chunk
-                    read = sum(len(raw) for _, raw in chunk.rows) if by_bytes else len(chunk.rows)
-                    bar.update(read)
+                    bar.update(sum(len(raw) if by_bytes else 1 for _, raw in chunk.rows))
 
             yield from self._workers.encode(told())
 
@@ -249,13 +247,12 @@ def _filled(writer: StoreWriter, source: Source, encoded: Iterable[Encoded]) -> 
         count += len(part.lengths)
     if not count:
         facts = writer.facts
-        long = f"{facts.skipped} were too long" if facts.skipped else ""
-        bad = f"{facts.bad} cannot be used" if facts.bad else ""
-        why = ", ".join(filter(None, [long, bad]))
+        lost = {"were too long": facts.skipped, "cannot be used": facts.bad}
+        why = ", ".join(f"{count} {what}" for what, count in lost.items() if count)
         raise DataError(
             f"{_name_of(source)} holds no example" + (f" ({why})" if why else ""),
             wanted="at least one row",
-            do="fill the file, or raise max_seq_length" if long else "fill the file",
+            do="fill the file" + ", or raise max_seq_length" * (facts.skipped > 0),
         )
     return writer.finish(source.place)
 
@@ -265,25 +262,16 @@ def _name_of(source: Source) -> str:
     return source.place.removesuffix("[").removesuffix("row ").removesuffix(":")
 
 
-# ---------------------------------------------------------------- validation rows, and weights
-
-
-def _split_and_weigh(dataset: Dataset, sizes: Sequence[int], weights: Sequence[float]) -> None:
-    """Set the validation rows apart, and take the rows of each source as often as it weighs."""
-    fraction, train = dataset.config.valid_fraction, Examples.of(dataset.train)
-    if fraction is not None:
-        if dataset.valid:
-            raise ConfigError(
-                f"valid_fraction is {fraction}, and {dataset.source} has valid rows of its own",
-                wanted="one of them",
-                do="leave out valid_fraction, or remove the valid file",
-            )
-        train, dataset.valid = _without_validation(train, fraction, dataset.source)
-    dataset.train = _weighted(train, sizes, weights)
-
-
-def _without_validation(train: Examples, fraction: float, source: str) -> tuple[Examples, Examples]:
+def _without_validation(
+    train: Examples, valid: Examples, fraction: float, source: str
+) -> tuple[Examples, Examples]:
     """(train, valid): a share of the rows, chosen by content, so that equal rows go together."""
+    if valid:
+        raise ConfigError(
+            f"valid_fraction is {fraction}, and {source} has valid rows of its own",
+            wanted="one of them",
+            do="leave out valid_fraction, or remove the valid file",
+        )
     kinds = np.unique(train.digests)
     if len(kinds) < 2:
         raise DataError(

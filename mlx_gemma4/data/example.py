@@ -65,12 +65,9 @@ class Facts:
 
     def add(self, other: Facts) -> None:
         """Count another part's facts too."""
-        self.shapes += other.shapes
-        self.notes += other.notes
-        self.skipped += other.skipped
-        self.truncated += other.truncated
-        self.bad += other.bad
-        self.bad_rows = (self.bad_rows + other.bad_rows)[:_LISTED]
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+        self.bad_rows = self.bad_rows[:_LISTED]
 
 
 @dataclass
@@ -79,9 +76,7 @@ class Encoded:
 
     Attributes:
         tokens: uint32 ids, the highest bit set on targets.
-        lengths: tokens of each example.
-        numbers: the line or row that each was read from.
-        facts: what was seen on the way.
+        lengths, numbers: tokens of each example, and the line or row that it was read from.
     """
 
     tokens: np.ndarray
@@ -91,7 +86,6 @@ class Encoded:
 
     @classmethod
     def of(cls, examples: Sequence[Example], numbers: Sequence[int], facts: Facts) -> Encoded:
-        """Examples as arrays."""
         packed = [e.tokens.astype(np.uint32) | (e.mask.astype(np.uint32) << 31) for e in examples]
         return cls(
             np.concatenate([np.zeros(0, np.uint32), *packed]),

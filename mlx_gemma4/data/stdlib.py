@@ -24,10 +24,8 @@ def docstrings() -> Iterator[tuple[str, str, str]]:
     """(module, signature, first paragraph) of every documented function and method."""
     root = Path(sysconfig.get_path("stdlib"))
     for module in sorted(sys.stdlib_module_names):
-        paths = [root / f"{module}.py", *sorted((root / module).glob("*.py"))]
-        for path in paths:
-            if path.is_file():
-                yield from ((module, *pair) for pair in _documented(path))
+        for path in (root / f"{module}.py", *sorted((root / module).glob("*.py"))):
+            yield from ((module, *pair) for pair in _documented(path))
 
 
 def split_of(module: str) -> str:

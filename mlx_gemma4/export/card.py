@@ -50,7 +50,7 @@ def kind_of(output: Path) -> str | None:
     """
     if output.is_file():
         return "gguf" if output.suffix == ".gguf" else None
-    format = format_of(_json(output / CONFIG))
+    format = format_of(_read(output / CONFIG))
     if (output / format.file).exists():
         return format.name
     return "fused" if any(output.glob("model*.safetensors")) else None
@@ -66,8 +66,8 @@ def model_card(output: Path, repo_id: str, source: Path | None = None) -> str:
     """
     kind = kind_of(output) or "fused"
     run = _run_of(source)
-    summary = _json(run / "summary.json") if run else {}
-    settings = _settings(run / "config.yaml") if run else {}
+    summary = _read(run / "summary.json") if run else {}
+    settings = _read(run / "config.yaml") if run else {}
     base = str(summary.get("model") or _base_of(output, source) or "the base model")
     hub = _is_hub_id(base)
     shown = base if hub else Path(base).name
@@ -93,8 +93,8 @@ def model_card(output: Path, repo_id: str, source: Path | None = None) -> str:
 
 
 def _use(kind: str, output: Path, base: str, repo: str) -> str:
-    config = _json(output / "config.json") if output.is_dir() else {}
-    mapped = _json(output / CONFIG).get("auto_mapping") if output.is_dir() else None
+    config = _read(output / "config.json") if output.is_dir() else {}
+    mapped = _read(output / CONFIG).get("auto_mapping") if output.is_dir() else None
     names = [*config.get("architectures", ()), (mapped or {}).get("base_model_class")]
     architecture = next(filter(None, names), "Gemma4ForConditionalGeneration")
     words = {"base": base, "repo": repo, "architecture": architecture, "file": output.name}
@@ -146,7 +146,7 @@ def _run_of(source: Path | None) -> Path | None:
 
 def _base_of(output: Path, source: Path | None) -> str | None:
     for folder in (source / "adapter" if source else None, source, output):
-        config = _json(folder / CONFIG) if folder else {}
+        config = _read(folder / CONFIG) if folder else {}
         base = config.get("base_model_name_or_path") or config.get("model")
         if base:
             return str(base)
@@ -157,18 +157,11 @@ def _is_hub_id(name: str) -> bool:
     return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).exists()
 
 
-def _json(path: Path) -> dict[str, Any]:
-    """A JSON object; an empty one where there is none to read."""
+def _read(path: Path) -> dict[str, Any]:
+    """A mapping of a JSON or YAML file; an empty one where there is none to read."""
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _settings(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text())
+        text = path.read_text()
+        content = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
     except (OSError, ValueError, yaml.YAMLError):
         return {}
     return content if isinstance(content, dict) else {}

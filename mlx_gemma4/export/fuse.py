@@ -1,14 +1,9 @@
 """A fused model: the base checkpoint with the adapter merged into its weights.
 
-The base is read, merged and written a few rows of a weight at a time, so memory is that of the
-adapter and of those rows, whatever the model's size. Names, layout, encoders, tied embeddings and
-the K/V tensors of sharing layers are those of the base, byte for byte where nothing changed.
-Merging is float32 on the CPU; the result is cast to the base's dtype, or quantized where that is
-asked for.
-
-Rounding to a grid can erase a small update. So every merged weight reports how much of the trained
-change was kept: the cosine between that change and the one that was written, and the ratio of
-their norms.
+A few rows of a weight at a time are read, merged in float32 on the CPU, and written in the base's
+dtype or quantized: memory is that of the adapter and of those rows. Every other tensor is copied
+byte for byte. Rounding can erase a small update, so each merged weight reports how much was kept:
+the cosine between the trained change and the written one, and the ratio of their norms.
 """
 
 from __future__ import annotations

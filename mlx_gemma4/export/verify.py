@@ -69,12 +69,7 @@ class Proof:
         )
 
 
-def check_adapter(
-    gemma: Gemma4,
-    folder: Path,
-    tensors: Mapping[str, mx.array],
-    file: str,
-) -> None:
+def check_adapter(gemma: Gemma4, folder: Path, tensors: Mapping[str, mx.array], file: str) -> None:
     """An adapter folder against the format's rules, without its library.
 
     Args:
@@ -138,10 +133,9 @@ def _same_product(one: LowRank, other: LowRank) -> bool:
         for u in (one, other)
     )
     if one.magnitude is None or other.magnitude is None:
-        turned = one.magnitude is not other.magnitude
-    else:
-        turned = not mx.array_equal(one.magnitude, other.magnitude)
-    if turned:
+        if one.magnitude is not other.magnitude:
+            return False
+    elif not mx.array_equal(one.magnitude, other.magnitude):
         return False
     return float(mx.abs(made - meant).max()) <= 1e-5 * float(mx.abs(meant).max())
 
@@ -160,7 +154,7 @@ def check_logits(
 
     Args:
         gemma: the trained model.
-        library: as in `lora.formats.Library`; for a whole model `load` and `logits` are enough.
+        library: as in `lora.formats.format`; for a whole model `load` and `logits` are enough.
         export: the folder to load.
         count: how many tensors it has.
         held: of an adapter the tensors that the library must hold after loading it onto the base,

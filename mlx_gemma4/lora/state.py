@@ -149,21 +149,17 @@ def _files(folder: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
         if not isinstance(config, dict):
             raise ValueError(f"{CONFIG} is no JSON object")
         weights = format_of(config).file
-        for name in (CONFIG, weights):
-            if not (folder / name).exists():
-                raise _not_there(folder, name, weights)
-        return config, load_file(folder / weights)
+        missing = [name for name in (CONFIG, weights) if not (folder / name).exists()]
+        if not missing:
+            return config, load_file(folder / weights)
     except (ValueError, ModelError) as error:
         reason = error.found if isinstance(error, ModelError) else error
         raise AdapterError(
             f"{folder} cannot be read: {reason}", wanted="whole files", do="copy the adapter again"
         ) from None
-
-
-def _not_there(folder: Path, name: str, weights: str) -> AdapterError:
     pickled = (folder / "adapter_model.bin").exists()
-    return AdapterError(
-        f"{folder} has no {name}",
+    raise AdapterError(
+        f"{folder} has no {missing[0]}",
         wanted=f"a folder with {CONFIG} and {weights}",
         do="save adapter_model.bin as safetensors with PEFT: model.save_pretrained(folder)"
         if pickled

@@ -270,6 +270,12 @@ def _adapters(plan: Plan, layer: LayerPlan, s: StepSettings) -> dict[str, int]:
 
 
 def _check_targets(plan: Plan, lora: LoraConfig) -> None:
+    if lora.num_layers > len(plan.layers):
+        raise AdapterError(
+            f"num_layers is {lora.num_layers}",
+            wanted=f"at most the model's {len(plan.layers)} layers, or -1 for all",
+            do="change num_layers",
+        )
     known = {(layer.index, path) for layer in plan.layers for path in _modules(plan, layer)}
     known |= {(layer.index, "router.proj") for layer in plan.layers if plan.moe}
     for word in lora.targets:

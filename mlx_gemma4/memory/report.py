@@ -45,7 +45,7 @@ def answer(
         length=data.max_seq_length,
         attention=train.attention,
         lora=None if full else lora,
-        moments=MOMENTS[getattr(train, "optimizer", "adam")],
+        moments=MOMENTS[train.optimizer],
         **stored | ({"bits": fit.bits} if fit.bits else {}),
     )
     where = "given" if train.memory else "of this machine"
@@ -129,5 +129,6 @@ def _print_choice(
         if lora.use_dora:
             words.append("--use-dora")
     words += [f"--memory {train.memory}"] if train.memory else []
+    words += [f"--attention {train.attention}"] if train.attention != "auto" else []
     words.append(choice.flags())
     print(f"python -m mlx_gemma4.train {' '.join(words)}")

@@ -1,8 +1,7 @@
 """The capability gate: does this backbone hand shared keys and values on by itself?
 
-A backbone that does not (mlx-vlm before 0.5) lets a layer that shares K/V compute them from weights
-it should not have when it is called without a cache, and every gradient is wrong. The gate looks
-at structure, never at a version number, and a sign that cannot be read counts as absent.
+One that does not (mlx-vlm before 0.5) computes wrong gradients when it is called without a cache.
+The gate looks at structure, never at a version; a sign that cannot be read counts as absent.
 """
 
 from __future__ import annotations

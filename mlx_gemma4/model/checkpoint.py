@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..errors import ModelError, listing
+from ..errors import ModelError, damaged, listing
 
 __all__ = [
     "DTYPES",
@@ -67,18 +67,10 @@ def read_index(folder: Path) -> dict[str, StoredTensor]:
             placed = json.loads(index_path.read_text())["weight_map"]
             files = sorted({folder / name for name in placed.values()})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ModelError(
-                f"cannot read {index_path}: {error}",
-                wanted="JSON with a weight_map",
-                do="download the checkpoint again",
-            ) from None
-        missing = [path.name for path in files if not path.exists()]
-        if missing:
-            raise ModelError(
-                f"{INDEX} names files that are not there:{listing(missing)}",
-                wanted="every shard",
-                do="download the missing files",
-            )
+            raise damaged(f"cannot read {index_path}: {error}", "JSON with a weight_map") from None
+        if missing := [path.name for path in files if not path.exists()]:
+            found = f"{INDEX} names files that are not there:{listing(missing)}"
+            raise damaged(found, "every shard", "download the missing files")
     else:
         files = sorted(folder.glob("model*.safetensors"))
     if not files:
@@ -89,21 +81,17 @@ def read_index(folder: Path) -> dict[str, StoredTensor]:
         )
     tensors: dict[str, StoredTensor] = {}
     for path in files:
-        found, _ = _read_header(path)
-        if twice := sorted(set(found) & set(tensors)):
+        held, _ = _read_header(path)
+        if twice := sorted(held.keys() & tensors.keys()):
             raise ModelError(
                 f"{path} holds tensors that another file holds too:{listing(twice)}",
                 wanted="each tensor once",
                 do="remove the files of another checkpoint from the folder",
             )
-        tensors.update(found)
-    lost = sorted(set(placed) - set(tensors))
-    if lost:
-        raise ModelError(
-            f"{INDEX} names tensors that no shard holds:{listing(lost)}",
-            wanted="an index and shards of the same checkpoint",
-            do="download the checkpoint again",
-        )
+        tensors.update(held)
+    if lost := sorted(placed.keys() - tensors.keys()):
+        found = f"{INDEX} names tensors that no shard holds:{listing(lost)}"
+        raise damaged(found, "an index and shards of the same checkpoint")
     return tensors
 
 
@@ -134,8 +122,7 @@ def load_tensors(tensors: dict[str, StoredTensor]) -> dict[str, mx.array]:
     """The named tensors as lazy arrays: bytes are read when an array is first used."""
     arrays: dict[str, mx.array] = {}
     for path in sorted({tensor.path for tensor in tensors.values()}):
-        content = load_file(path)
-        arrays.update((key, value) for key, value in content.items() if key in tensors)
+        arrays |= {key: value for key, value in load_file(path).items() if key in tensors}
     return arrays
 
 
@@ -149,11 +136,8 @@ def load_file(path: Path) -> dict[str, mx.array]:
     try:
         content = mx.load(str(path))
     except RuntimeError as error:
-        raise ModelError(
-            f"MLX cannot read {path}: {error}",
-            wanted="safetensors of dtypes that MLX has",
-            do="convert the file",
-        ) from None
+        found, wanted = f"MLX cannot read {path}: {error}", "safetensors of dtypes that MLX has"
+        raise damaged(found, wanted, "convert the file") from None
     assert isinstance(content, dict)
     return content
 
@@ -178,27 +162,16 @@ def _read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
             header = json.loads(file.read(length))
         metadata = header.pop("__metadata__", None) or {}
         start = 8 + length
-        tensors = {
-            key: StoredTensor(
-                path,
-                entry["dtype"],
-                tuple(entry["shape"]),
-                start + entry["data_offsets"][0],
-                entry["data_offsets"][1] - entry["data_offsets"][0],
-            )
-            for key, entry in header.items()
-        }
+        tensors = {}
+        for key, entry in header.items():
+            begin, end = entry["data_offsets"]
+            shape = tuple(entry["shape"])
+            tensors[key] = StoredTensor(path, entry["dtype"], shape, start + begin, end - begin)
     except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(
-            f"{path} is not a whole safetensors file: {error}",
-            wanted="a safetensors file",
-            do="download it again",
-        ) from None
+        found = f"{path} is not a whole safetensors file: {error}"
+        raise damaged(found, "a safetensors file") from None
     end = max((tensor.offset + tensor.nbytes for tensor in tensors.values()), default=start)
     if end != size:
-        raise ModelError(
-            f"{path} has {size:,} bytes and its header describes {end:,}",
-            wanted="a whole file",
-            do="download it again: it was cut short" if size < end else "download it again",
-        )
+        found = f"{path} has {size:,} bytes and its header describes {end:,}"
+        raise damaged(found, "a file that was not cut short" if size < end else "a whole file")
     return tensors, metadata

@@ -18,8 +18,7 @@ def resolve(path_or_hub_id: str | Path, *, weights: bool = True) -> Path:
     """The local folder of a model, downloaded from the Hugging Face Hub if it is not a folder.
 
     Args:
-        path_or_hub_id: a folder, or a Hugging Face id.
-        weights: download the tensors too; without them there are config, tokenizer and template.
+        weights: download the tensors too, beside config, tokenizer and template.
 
     Raises:
         ModelError: neither a folder nor a model that the Hub gives.

@@ -6,13 +6,12 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 
 from ..errors import CapabilityError
 from .plan import Plan
 
-__all__ = ["build_with_encoders", "encoder_weights"]
+__all__ = ["build_with_encoders"]
 
 
 def build_with_encoders(
@@ -20,9 +19,7 @@ def build_with_encoders(
 ) -> nn.Module:
     """mlx-vlm's model of a multimodal checkpoint: language model and encoders.
 
-    Args:
-        text_args: the text config, with nothing left to mlx-vlm's defaults.
-        config: config.json, which says what encoders there are.
+    `config` is config.json; `text_args` leaves nothing to mlx-vlm's defaults.
 
     Raises:
         CapabilityError: the installed mlx-vlm does not know this family member.
@@ -49,12 +46,6 @@ def build_with_encoders(
         if not hasattr(part, "_no_grad"):
             part._no_grad, part._training = set(), True
     return backbone
-
-
-def encoder_weights(backbone: Any, stored: dict[str, mx.array]) -> dict[str, mx.array]:
-    """Stored tensors of encoders as mlx-vlm's own sanitize names and lays them out."""
-    weights: dict[str, mx.array] = backbone.sanitize(stored)
-    return weights
 
 
 def _complete(values: Mapping[str, Any]) -> dict[str, Any]:

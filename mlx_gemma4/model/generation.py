@@ -30,12 +30,9 @@ def stream_answer(
     Args:
         backbone: mlx-lm's model.
         end_tokens: ids on which an answer ends.
-        prompt: what the user says; rendered through the tokenizer's chat template.
-        system: what the system turn says, if any.
-        max_tokens: the most tokens of an answer.
+        prompt, system: what the user and the system turn say; rendered through the chat template.
         temperature: 0 takes the likeliest token each time.
         top_p: sample among the likeliest tokens of this total probability.
-        seed: for sampling.
 
     Raises:
         ModelError: the tokenizer has no chat template.

@@ -1,15 +1,13 @@
 """The legacy training KV-store shim, for backbones that fail the capability gate.
 
 A legacy text model (mlx-vlm before 0.5) reads a shared layer's keys and values from its source's
-cache. Called without a cache it gets them wrong; with an ordinary cache it rotates the shared
-queries by an offset that the source has already advanced. The shim gives each forward pass
-without a cache a fresh store per source: it holds the keys and values of the pass, and its offset
-stays at the start of the sequence.
+cache. Without a cache it gets them wrong; with an ordinary one it rotates the shared queries by
+an offset that the source has advanced. The shim gives each forward pass without a cache a fresh
+store per source, whose offset stays at the start of the sequence.
 
-The store works by side effect. A layer under gradient checkpointing runs again in the backward
-pass, and what it takes from a store has no gradient then: the loss is right and gradients are not.
-So a store is closed when its forward pass is over, and a layer that comes back to it is an error.
-nn/forward.py, which trains, calls no layer of upstream's and hands K/V on as values.
+A layer under gradient checkpointing runs again in the backward pass, and what it takes from a
+store has no gradient then. So a store is closed when its forward pass is over, and a layer that
+comes back to it is an error. nn/forward.py, which trains, hands K/V on as values.
 """
 
 from __future__ import annotations
@@ -64,15 +62,7 @@ class TrainingKVStore:
 class _WithKVStore:
     """Mixed into the class of one text model, in front of upstream's."""
 
-    def __call__(
-        self,
-        inputs: Any = None,
-        inputs_embeds: Any = None,
-        mask: Any = None,
-        cache: Any = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
+    def __call__(self, inputs=None, inputs_embeds=None, mask=None, cache=None, *args, **kwargs):
         own = []
         if cache is None:
             cache = own = [TrainingKVStore() for _ in range(self.first_kv_shared_layer_idx)]  # type: ignore[attr-defined]
@@ -83,9 +73,7 @@ class _WithKVStore:
 
 
 def apply_kv_store(backbone: Any) -> None:
-    """Put the shim on one legacy backbone; other instances and upstream's classes stay as they are.
-
-    Applying it again changes nothing.
+    """Put the shim on one legacy backbone, once; upstream's classes stay as they are.
 
     Raises:
         CapabilityError: the text model is not the legacy kind that the shim is for.

@@ -7,7 +7,7 @@ and every parameter its tensor. Only dead K/V weights of shared layers are dropp
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..errors import ModelError, listing
+from ..errors import ModelError, damaged, listing
 from .capability import Verdict, inspect_backbone
 from .checkpoint import StoredTensor, load_tensors, mismatches, read_index, shapes_of
-from .encoders import build_with_encoders, encoder_weights
+from .encoders import build_with_encoders
 from .kv_store import apply_kv_store
 from .names import (
     DEAD_KV,
@@ -33,7 +33,7 @@ from .names import (
 )
 from .plan import FULL, SLIDING, Plan, read_config
 from .ple import DiskEmbedding, PerLayerRows
-from .quantize import quantize_as_stored, stored_quantization
+from .quantize import own_quantization, quantize_as_stored, stored_quantization
 
 __all__ = ["LoadedBackbone", "build_backbone", "load_backbone"]
 
@@ -45,7 +45,6 @@ class LoadedBackbone:
     Attributes:
         backbone: mlx-lm's model, or mlx-vlm's where encoders were asked for; frozen, evaluated.
         ple_rows: reads per-layer embeddings from disk; None for a family member without them.
-        verdict: the capability gate's.
         dropped: stored K/V tensors of shared layers, which no Gemma 4 uses.
         left_out: stored encoder tensors that a text run does not load.
     """
@@ -81,15 +80,25 @@ def load_backbone(folder: Path, *, encoders: bool = False) -> LoadedBackbone:
     backbone = build_backbone(plan, config if encoders else None)
     placement = _Placement(backbone, plan, stored, encoders)
     ple_rows = _take_ple_table(backbone, plan, placement.ple, config)
-    weights = placement.encoder_weights(backbone)
+    weights: dict[str, mx.array] = {}
+    if placement.encoders:
+        weights = backbone.sanitize(placement.load(placement.encoders))
     shapes = {**placement.text_shapes(), **shapes_of(weights)}
     if quantization := stored_quantization(config):
         quantize_as_stored(backbone, quantization, shapes)
-    _require_match(backbone, shapes, placement.unexpected, folder)
+    found = {**dict.fromkeys(placement.unexpected, ()), **shapes}
+    if problems := mismatches(found, shapes_of(flat(backbone.parameters()))):
+        raise damaged(
+            f"{len(problems)} tensors of {folder} do not match config.json:"
+            f"{listing(problems, limit=len(problems))}",
+            "exactly the tensors that config.json describes",
+            "download the checkpoint again, or take its own config.json",
+        )
     weights.update(placement.text_weights())
     backbone.load_weights(list(weights.items()), strict=False)
     backbone.eval()
-    _freeze(backbone)
+    for module in backbone.modules():
+        module.freeze(recurse=False)
     mx.eval(backbone.parameters())
     verdict = inspect_backbone(backbone)
     if plan.num_shared and not verdict.native:
@@ -112,15 +121,9 @@ def build_backbone(plan: Plan, config: Mapping[str, Any] | None = None) -> nn.Mo
         from mlx_lm.models import gemma4, gemma4_text
 
         if plan.is_multimodal:
-            backbone = gemma4.Model(
-                gemma4.ModelArgs.from_dict(
-                    {
-                        "model_type": "gemma4",
-                        "text_config": text_args,
-                        "vocab_size": plan.vocab_size,
-                    }
-                )
-            )
+            outer = {"model_type": "gemma4", "vocab_size": plan.vocab_size}
+            outer["text_config"] = text_args
+            backbone = gemma4.Model(gemma4.ModelArgs.from_dict(outer))
         else:
             backbone = gemma4_text.Model(gemma4_text.ModelArgs.from_dict(text_args))
     for layer_plan, layer in zip(plan.layers, text_model(backbone).layers):
@@ -184,11 +187,10 @@ class _Placement:
         inner_names: set[str] = set()
         for key, tensor in stored.items():
             inner = inner_name(key, plan)
-            if inner is None:
-                if encoder_of(key, plan) is None:
-                    self.unexpected.append(key)
-                else:
-                    (self.encoders if encoders else self.left_out).append(key)
+            if inner is None and encoder_of(key, plan) is None:
+                self.unexpected.append(key)
+            elif inner is None:
+                (self.encoders if encoders else self.left_out).append(key)
             elif inner in inner_names:
                 self.unexpected.append(f"{key} (stored under another name too)")
             elif is_dead(inner, plan):
@@ -201,23 +203,20 @@ class _Placement:
                 self.text[key] = [prefix + name for name in split_experts(inner)]
             inner_names.add(inner or key)
 
-    def encoder_weights(self, backbone: nn.Module) -> dict[str, mx.array]:
-        if not self.encoders:
-            return {}
-        arrays = load_tensors({key: self.stored[key] for key in self.encoders})
-        return encoder_weights(backbone, arrays)
+    def load(self, keys: Iterable[str]) -> dict[str, mx.array]:
+        return load_tensors({key: self.stored[key] for key in keys})
 
     def text_shapes(self) -> dict[str, tuple[int, ...]]:
-        shapes = {}
+        shapes: dict[str, tuple[int, ...]] = {}
         for key, names in self.text.items():
             shape = self.stored[key].shape
             if len(names) == 2:
                 shape = (shape[0], shape[1] // 2, *shape[2:])
-            shapes.update(dict.fromkeys(names, shape))
+            shapes |= dict.fromkeys(names, shape)
         return shapes
 
     def text_weights(self) -> dict[str, mx.array]:
-        arrays = load_tensors({key: self.stored[key] for key in self.text})
+        arrays = self.load(self.text)
         weights: dict[str, mx.array] = {}
         for key, names in self.text.items():
             parts = mx.split(arrays[key], len(names), axis=1) if len(names) > 1 else [arrays[key]]
@@ -232,36 +231,10 @@ def _take_ple_table(
     if plan.ple is None:
         return None
     if "weight" not in stored:
-        raise ModelError(
-            f"the checkpoint has no {PLE_TABLE}.weight",
-            wanted="the table of per-layer embeddings that config.json announces",
-            do="download the checkpoint again",
-        )
-    quantization = config.get("quantization") or {}
-    own = quantization.get(text_prefix(backbone) + PLE_TABLE)
-    mode = {**quantization, **(own if isinstance(own, Mapping) else {})}.get("mode", "affine")
-    rows = PerLayerRows(stored, plan, mode)
+        wanted = "the table of per-layer embeddings that config.json announces"
+        raise damaged(f"the checkpoint has no {PLE_TABLE}.weight", wanted)
+    path = text_prefix(backbone) + PLE_TABLE
+    own = own_quantization(config.get("quantization") or {}, path)
+    rows = PerLayerRows(stored, plan, own["mode"])
     text_model(backbone).embed_tokens_per_layer = DiskEmbedding(rows)
     return rows
-
-
-def _require_match(
-    backbone: nn.Module,
-    shapes: Mapping[str, tuple[int, ...]],
-    unexpected: list[str],
-    folder: Path,
-) -> None:
-    found = {**dict.fromkeys(unexpected, ()), **shapes}
-    problems = mismatches(found, shapes_of(flat(backbone.parameters())))
-    if problems:
-        raise ModelError(
-            f"{len(problems)} tensors of {folder} do not match config.json:"
-            f"{listing(problems, limit=len(problems))}",
-            wanted="exactly the tensors that config.json describes",
-            do="download the checkpoint again, or take its own config.json",
-        )
-
-
-def _freeze(backbone: nn.Module) -> None:
-    for module in backbone.modules():
-        module.freeze(recurse=False)

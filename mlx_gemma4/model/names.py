@@ -80,12 +80,9 @@ def inner_name(key: str, plan: Plan) -> str | None:
 def is_dead(inner: str, plan: Plan) -> bool:
     """Whether a key is a K/V weight of a layer that uses another layer's keys and values."""
     match = _LAYER.fullmatch(inner)
-    return bool(
-        match
-        and match[2] in DEAD_KV
-        and int(match[1]) < len(plan.layers)
-        and plan.layers[int(match[1])].shares_kv
-    )
+    if match is None or match[2] not in DEAD_KV:
+        return False
+    return any(layer.shares_kv for layer in plan.layers if layer.index == int(match[1]))
 
 
 def is_frozen_buffer(name: str) -> bool:
@@ -102,11 +99,7 @@ def encoder_of(key: str, plan: Plan) -> str | None:
 def split_experts(inner: str) -> Iterable[str]:
     """The names that MLX gives the stacked expert weights of a transformers key."""
     base, _, last = inner.rpartition(".experts.")
-    if base and last == "gate_up_proj":
-        return (
-            f"{base}.experts.switch_glu.gate_proj.weight",
-            f"{base}.experts.switch_glu.up_proj.weight",
-        )
-    if base and last == "down_proj":
-        return (f"{base}.experts.switch_glu.down_proj.weight",)
-    return (inner,)
+    parts = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}.get(last)
+    if not base or parts is None:
+        return (inner,)
+    return tuple(f"{base}.experts.switch_glu.{part}_proj.weight" for part in parts)

@@ -1,7 +1,6 @@
 """config.json -> Plan: every fact of the architecture that the rest of the code relies on.
 
-Pure Python. Nothing is read from a model's name, and nothing that shapes the weights has a
-default: a key that is needed and not there is an error with the key's name.
+Pure Python. Nothing that shapes the weights has a default: a missing key is an error.
 """
 
 from __future__ import annotations
@@ -13,13 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import ModelError
+from ..errors import ModelError, damaged
 
 __all__ = ["LayerPlan", "MoePlan", "Plan", "PlePlan", "read_config"]
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 MULTIMODAL_TYPES = ("gemma4", "gemma4_unified")
 TEXT_TYPES = ("gemma4_text", "gemma4_unified_text")
+_ENCODERS = {
+    "vision_config": ("vision_embedder", "vision_tower", "embed_vision", "multi_modal_projector"),
+    "audio_config": ("audio_tower", "embed_audio"),
+}
 
 # (layers, hidden size) of the released members, for a person to recognise; nothing depends on it.
 _RELEASED = {
@@ -57,7 +60,6 @@ class LayerPlan:
 
     @property
     def shares_kv(self) -> bool:
-        """Whether keys and values come from an earlier layer."""
         return self.kv_source != self.index
 
 
@@ -111,7 +113,6 @@ class Plan:
 
     @property
     def num_shared(self) -> int:
-        """How many layers use keys and values of another layer."""
         return sum(layer.shares_kv for layer in self.layers)
 
     @property
@@ -145,11 +146,9 @@ class Plan:
                 do="name a Gemma 4 checkpoint",
             )
         multimodal = model_type in MULTIMODAL_TYPES
-        text = _Keys(
-            _need(config, "text_config", "") if multimodal else config,
-            "text_config." if multimodal else "",
-        )
-        unified = model_type.startswith("gemma4_unified")
+        text = _Keys(config)
+        if multimodal:
+            text = text.part("text_config")
         bidirectional = text.get("use_bidirectional_attention")
         if bidirectional not in (None, "vision"):
             raise ModelError(
@@ -157,7 +156,13 @@ class Plan:
                 wanted="null or 'vision'",
                 do="name a Gemma 4 language model; encoders are not trained here",
             )
-        ple_width = 0 if unified else text.number("hidden_size_per_layer_input", least=0)
+        ple = moe = None
+        unified = model_type.startswith("gemma4_unified")
+        if width := 0 if unified else text.number("hidden_size_per_layer_input", least=0):
+            ple = PlePlan(text.number("vocab_size_per_layer_input"), width)
+        if text.get("enable_moe_block"):
+            sizes = ("num_experts", "top_k_experts", "moe_intermediate_size")
+            moe = MoePlan(*map(text.number, sizes))
         return cls(
             model_type=model_type,
             hidden_size=text.number("hidden_size"),
@@ -170,30 +175,31 @@ class Plan:
             rope=_rope(text),
             bidirectional=bidirectional,
             layers=_layers(text),
-            ple=(
-                PlePlan(text.number("vocab_size_per_layer_input"), ple_width) if ple_width else None
-            ),
-            moe=(
-                MoePlan(
-                    text.number("num_experts"),
-                    text.number("top_k_experts"),
-                    text.number("moe_intermediate_size"),
-                )
-                if text.get("enable_moe_block")
-                else None
-            ),
+            ple=ple,
+            moe=moe,
             encoders=_encoders(config) if multimodal else (),
         )
 
 
 class _Keys:
-    """config.json's keys; one that is needed and absent raises with its full name."""
+    """Keys of a JSON object `name` of config.json; a wrong one raises with its full name."""
 
-    def __init__(self, values: Any, prefix: str):
-        self.values, self.prefix = _mapping(values, prefix.removesuffix(".")), prefix
+    def __init__(self, values: Any, name: str = ""):
+        if not isinstance(values, Mapping):
+            raise _wrong(f"config.json has {name} {values!r}", "a JSON object")
+        self.values, self.prefix = values, name and name + "."
 
     def __getitem__(self, key: str) -> Any:
-        return _need(self.values, key, self.prefix)
+        if key not in self.values:
+            name = self.prefix + key
+            raise _wrong(
+                f"config.json has no {name}",
+                f"the key {name}, as Google's and transformers' checkpoints have it",
+            )
+        return self.values[key]
+
+    def part(self, key: str) -> _Keys:
+        return _Keys(self[key], self.prefix + key)
 
     def get(self, key: str, default: Any = None) -> Any:
         return self.values.get(key, default)
@@ -213,31 +219,16 @@ def _wrong(found: str, wanted: str) -> ModelError:
     return ModelError(found, wanted=wanted, do="take config.json from the original checkpoint")
 
 
-def _mapping(values: Any, name: str) -> Mapping[str, Any]:
-    if not isinstance(values, Mapping):
-        raise _wrong(f"config.json has {name} {values!r}", "a JSON object")
-    return values
-
-
-def _need(values: Mapping[str, Any], key: str, prefix: str) -> Any:
-    if key not in values:
-        raise _wrong(
-            f"config.json has no {prefix + key}",
-            f"the key {prefix + key}, as Google's and transformers' checkpoints have it",
-        )
-    return values[key]
-
-
 def _rope(text: _Keys) -> Mapping[str, Mapping[str, Any]]:
-    rope = _mapping(text["rope_parameters"], text.prefix + "rope_parameters")
+    rope = text.part("rope_parameters")
     for kind in set(text["layer_types"]):
-        parameters = _need(rope, kind, text.prefix + "rope_parameters.")
-        _mapping(parameters, f"{text.prefix}rope_parameters.{kind}")
-        where = f"{text.prefix}rope_parameters.{kind}."
-        _need(parameters, "rope_theta", where)
-        if _need(parameters, "rope_type", where) == "proportional":
-            _need(parameters, "partial_rotary_factor", where)
-    return rope
+        parameters = rope.part(kind)
+        needed = ["rope_theta", "rope_type"]
+        if parameters.get("rope_type") == "proportional":
+            needed.append("partial_rotary_factor")
+        for key in needed:
+            parameters[key]
+    return rope.values
 
 
 def _layers(text: _Keys) -> tuple[LayerPlan, ...]:
@@ -270,19 +261,22 @@ def _layers(text: _Keys) -> tuple[LayerPlan, ...]:
 def _attention_shape(text: _Keys, kind: str) -> tuple[int, int]:
     """(head_dim, num_kv_heads) of a layer kind.
 
-    Google's style names the full layers' values `global_head_dim` and
-    `num_global_key_value_heads` (which counts only with attention_k_eq_v); transformers' style
-    overrides them per layer in `per_layer_config`, whose keys are layer numbers as text.
+    Google's style has global keys for the full layers (the heads count only with
+    attention_k_eq_v), transformers' style `per_layer_config`, with layer numbers as text.
     """
     head_dim, num_kv_heads = text.number("head_dim"), text.number("num_key_value_heads")
-    overrides = text.get("per_layer_config")
-    if overrides is not None:
-        by_layer = _by_layer(overrides, text)
-        own = [by_layer.get(i, {}) for i, k in enumerate(text["layer_types"]) if k == kind]
-        shapes = {
-            (layer.get("head_dim", head_dim), layer.get("num_key_value_heads", num_kv_heads))
-            for layer in own
-        }
+    if text.get("per_layer_config") is not None:
+        overrides, kinds = text.part("per_layer_config"), text["layer_types"]
+        by_layer = {int(i) if i.isdecimal() else -1: own for i, own in overrides.values.items()}
+        if not by_layer.keys() <= set(range(len(kinds))):
+            raise _wrong(
+                f"config.json has per_layer_config for the layers {', '.join(overrides.values)}",
+                f"layer numbers from 0 to {len(kinds) - 1}",
+            )
+        shapes = set()
+        for own in (by_layer.get(i, {}) for i, k in enumerate(kinds) if k == kind):
+            heads = own.get("num_key_value_heads", num_kv_heads)
+            shapes.add((own.get("head_dim", head_dim), heads))
         if len(shapes) > 1:
             raise _wrong(
                 f"per_layer_config gives {kind} layers the (head_dim, kv heads) {sorted(shapes)}",
@@ -296,52 +290,28 @@ def _attention_shape(text: _Keys, kind: str) -> tuple[int, int]:
     return head_dim, num_kv_heads
 
 
-def _by_layer(overrides: Any, text: _Keys) -> dict[int, Mapping[str, Any]]:
-    name = text.prefix + "per_layer_config"
-    count = len(text["layer_types"])
-    try:
-        by_layer = {int(index): layer for index, layer in _mapping(overrides, name).items()}
-    except ValueError:
-        by_layer = {-1: {}}
-    if not all(0 <= index < count for index in by_layer):
-        raise _wrong(
-            f"config.json has {name} for the layers {', '.join(map(str, overrides))}",
-            f"layer numbers from 0 to {count - 1}",
-        )
-    return by_layer
-
-
 def _kv_sources(kinds: list[str], num_shared: int) -> list[int]:
     """For every layer the layer whose keys and values it uses: its own, or a source's.
 
-    transformers found a source by layer index up to 5.5 (the last unshared layer of the same
-    type, looked up backwards) and by layer type from 5.8 (the last that stored under the type's
-    name). Both are worked out here and must agree.
+    A source is the last unshared layer of the same type.
     """
     first_shared = len(kinds) - num_shared
-    stored_by_type: dict[str, int] = {}
-    for i in range(first_shared):
-        stored_by_type[kinds[i]] = i
     sources = list(range(first_shared))
-    for i in range(first_shared, len(kinds)):
-        by_index = next((j for j in reversed(range(first_shared)) if kinds[j] == kinds[i]), None)
-        if by_index is None or by_index != stored_by_type.get(kinds[i]):
+    last_of_type = {kinds[i]: i for i in sources}
+    for i, kind in enumerate(kinds[first_shared:], first_shared):
+        if kind not in last_of_type:
             raise ModelError(
-                f"layer {i} shares keys and values but config.json has no earlier {kinds[i]} "
+                f"layer {i} shares keys and values but config.json has no earlier {kind} "
                 f"layer among the first {first_shared}",
                 wanted="a source of its own layer type for every shared layer",
                 do="take layer_types and num_kv_shared_layers from the original checkpoint",
             )
-        sources.append(by_index)
+        sources.append(last_of_type[kind])
     return sources
 
 
 def _encoders(config: Mapping[str, Any]) -> tuple[str, ...]:
-    vision = ("vision_embedder", "vision_tower", "embed_vision", "multi_modal_projector")
-    audio = ("audio_tower", "embed_audio")
-    return (vision if config.get("vision_config") else ()) + (
-        audio if config.get("audio_config") else ()
-    )
+    return tuple(name for key, names in _ENCODERS.items() if config.get(key) for name in names)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -356,9 +326,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             do="check the path given as model",
         ) from None
     except (OSError, ValueError) as error:
-        raise ModelError(
-            f"cannot read {path}: {error}", wanted="JSON", do="download the checkpoint again"
-        ) from None
+        raise damaged(f"cannot read {path}: {error}", "JSON") from None
     if not isinstance(config, dict):
-        raise ModelError(f"{path} is not a JSON object", wanted="one", do="download it again")
+        raise damaged(f"{path} is not a JSON object", "one")
     return config

@@ -1,12 +1,8 @@
 """Per-layer embeddings (PLE): rows from disk, never a resident table.
 
-The PLE table of E2B and E4B is over half of the checkpoint, stays frozen in every method, and a
-batch touches a few thousand of its rows. So it is data: rows are read from the checkpoint while a
-batch is built, and travel in the batch. A quantized table is read in the same way, and only the
-rows that were read are dequantized.
-
-Rows are read with pread, not through a memory map: a map that touches a row gets the pages around
-it too, so that after a few batches nearly the whole table counts as this process's resident set.
+The PLE table of E2B and E4B is over half of the checkpoint and always frozen, and a batch touches
+a few thousand of its rows. They are read (and dequantized) while a batch is built, and travel in
+it. Reading is by pread: a memory map would make nearly the whole table resident in a few batches.
 
 Shapes: B rows, T tokens, L layers, P width of the embedding of one layer.
 """
@@ -21,10 +17,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..errors import ModelError
+from ..errors import ModelError, damaged
 from .checkpoint import DTYPES, StoredTensor
 from .plan import Plan
-from .quantize import packed_as
+from .quantize import Packing, packed_as
 
 __all__ = ["DiskEmbedding", "GatheredRows", "PerLayerRows"]
 
@@ -58,32 +54,30 @@ class PerLayerRows:
 
     def __init__(self, stored: Mapping[str, StoredTensor], plan: Plan, mode: str = "affine"):
         assert plan.ple is not None
-        self._layers, self._width, self._mode = len(plan.layers), plan.ple.width, mode
+        self._layers, self._width = len(plan.layers), plan.ple.width
         self._tensors = {name: _RowFile(tensor) for name, tensor in stored.items()}
         self.nbytes = sum(tensor.nbytes for tensor in stored.values())
         self.num_rows, columns = plan.ple.vocab_size, self._layers * self._width
-        wanted = {"weight": (self.num_rows, columns)}
+        wanted: dict[str, tuple[int, ...]] = {"weight": (self.num_rows, columns)}
         if "scales" in stored:
-            self._bits, self._group_size = packed_as(
+            bits, group_size = packed_as(
                 columns, stored["weight"].shape[-1], stored["scales"].shape[-1]
             ) or (4, columns)
-            groups = (self.num_rows, columns // self._group_size)
-            wanted = {"weight": (self.num_rows, columns * self._bits // 32)}
-            wanted |= dict.fromkeys(stored.keys() - {"weight"}, groups)
+            self._packing = Packing(group_size, bits, mode)
+            wanted = self._packing.shapes((self.num_rows, columns))
         for name, tensor in stored.items():
             if tensor.shape != wanted.get(name):
-                raise ModelError(
+                raise damaged(
                     f"the PLE table has shape {tensor.shape} ({name})",
-                    wanted=f"{wanted.get(name)} by config.json",
-                    do="take weights and config.json from the same checkpoint",
+                    f"{wanted.get(name)} by config.json",
+                    "take weights and config.json from the same checkpoint",
                 )
 
     def __call__(self, tokens_BT: mx.array | np.ndarray) -> mx.array:
         """Rows of shape (B, T, L, P), unscaled, in the table's dtype (or its scales').
 
         Raises:
-            ModelError: called on values that are not known yet, inside mx.compile; or a token
-                that the table does not have.
+            ModelError: called inside mx.compile, or with a token that the table does not have.
         """
         return self.unpack(self.gather(tokens_BT))
 
@@ -115,21 +109,11 @@ class PerLayerRows:
 
     def unpack(self, gathered: GatheredRows) -> mx.array:
         """Gathered rows as `__call__` returns them."""
-        rows = {name: mx.array(array) for name, array in gathered.stored.items()}
-        for name, tensor in self._tensors.items():
-            if rows[name].dtype != tensor.dtype:
-                rows[name] = rows[name].view(tensor.dtype)
+        stored = gathered.stored
+        rows = {name: mx.array(stored[name]).view(t.dtype) for name, t in self._tensors.items()}
+        table = rows["weight"]
         if "scales" in rows:
-            table = mx.dequantize(
-                rows["weight"],
-                rows["scales"],
-                rows.get("biases"),
-                group_size=self._group_size,
-                bits=self._bits,
-                mode=self._mode,
-            )
-        else:
-            table = rows["weight"]
+            table = self._packing.unpack(table, rows["scales"], rows.get("biases"))
         picked = table[mx.array(gathered.inverse)]
         return picked.reshape(*gathered.shape, self._layers, self._width)
 

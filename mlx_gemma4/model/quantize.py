@@ -9,11 +9,12 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..errors import ConfigError, ModelError
+from ..errors import ConfigError, ModelError, damaged
 from .names import text_model
 
 __all__ = [
     "Packing",
+    "own_quantization",
     "packed_as",
     "quantizable",
     "quantize_as_stored",
@@ -63,10 +64,9 @@ class Packing:
 
 
 def quantizable(backbone: nn.Module) -> dict[str, int]:
-    """The weights that are packed where quantization is asked for, each with its last axis.
+    """The last axis of each weight that is packed where quantization is asked for, by inner name.
 
-    By inner name: every linear layer and embedding of the language model except the router, whose
-    choice of experts rounding would change.
+    The router is left out: rounding would change its choice of experts.
     """
     return {
         f"{path}.weight": module.weight.shape[-1]
@@ -93,12 +93,15 @@ def stored_quantization(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
         return None
     for key in ("group_size", "bits"):
         if key not in quantization:
-            raise ModelError(
-                f"config.json has no quantization.{key}",
-                wanted="group_size and bits, as mlx_lm.convert writes them",
-                do="take config.json from the published checkpoint",
-            )
+            wanted = "group_size and bits, as mlx_lm.convert writes them"
+            raise damaged(f"config.json has no quantization.{key}", wanted)
     return quantization
+
+
+def own_quantization(quantization: Mapping[str, Any], path: str) -> Mapping[str, Any]:
+    """The entry with what it says of the module at `path` alone."""
+    own = quantization.get(path)
+    return {"mode": "affine", **quantization, **(own if isinstance(own, Mapping) else {})}
 
 
 def packed_as(columns: int, packed_columns: int, groups: int) -> tuple[int, int] | None:
@@ -121,23 +124,19 @@ def stored_packing(
     """How one weight of a checkpoint is packed.
 
     Args:
-        key: its name in the checkpoint.
         weight, scales: shapes of its stored tensors.
-        quantization: config.json's entry.
         columns: the weight's last axis where the architecture tells it.
 
     Raises:
         ModelError: bits and group size that do not agree with the shapes.
     """
-    own = quantization.get(key.removesuffix(".weight"))
-    own = {**quantization, **own} if isinstance(own, Mapping) else quantization
-    mode = own.get("mode", "affine")
+    own = own_quantization(quantization, key.removesuffix(".weight"))
     packed, groups = weight[-1], scales[-1]
     if columns is not None:
         if fits := packed_as(columns, packed, groups):
-            return Packing(fits[1], fits[0], mode)
+            return Packing(fits[1], fits[0], own["mode"])
     elif own["bits"] * own["group_size"] * groups == packed * 32:
-        return Packing(own["group_size"], own["bits"], mode)
+        return Packing(own["group_size"], own["bits"], own["mode"])
     raise ModelError(
         f"{key} is stored as {packed} columns in {groups} groups",
         wanted=f"{own['bits']} bits in groups of {own['group_size']}, as config.json says",
@@ -156,24 +155,16 @@ def quantize_as_stored(
     Args:
         shapes: stored shapes by backbone path, such as `...q_proj.scales`.
     """
-    mode = quantization.get("mode", "affine")
 
     def settings(path: str, module: nn.Module) -> Any:
         if f"{path}.scales" not in shapes or not hasattr(module, "to_quantized"):
             return False
-        own = quantization.get(path)
-        if isinstance(own, Mapping):
-            return {"mode": mode, **own}
-        packed = packed_as(
-            module.weight.shape[-1], shapes[f"{path}.weight"][-1], shapes[f"{path}.scales"][-1]
-        )
-        # Shapes that make no sense are reported as misshapen once the module is there.
-        return {"bits": packed[0], "group_size": packed[1], "mode": mode} if packed else True
+        own = own_quantization(quantization, path)
+        if not isinstance(quantization.get(path), Mapping):
+            columns, stored = module.weight.shape[-1], shapes[f"{path}.weight"][-1]
+            # Shapes that make no sense are reported as misshapen once the module is there.
+            if packed := packed_as(columns, stored, shapes[f"{path}.scales"][-1]):
+                own = {**own, "bits": packed[0], "group_size": packed[1]}
+        return {key: own[key] for key in ("group_size", "bits", "mode")}
 
-    nn.quantize(
-        backbone,
-        group_size=quantization["group_size"],
-        bits=quantization["bits"],
-        mode=mode,
-        class_predicate=settings,
-    )
+    nn.quantize(backbone, class_predicate=settings)

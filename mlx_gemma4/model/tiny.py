@@ -175,8 +175,7 @@ def build_tiny(
 def save_weights(backbone: nn.Module, plan: Plan, folder: Path) -> None:
     """Write model.safetensors under transformers' names, whole or not at all.
 
-    A PLE table that was read from disk is not in the backbone; it is taken from the file that
-    is replaced.
+    A PLE table that is not in the backbone is taken from the file that is replaced.
     """
     prefix, weights = text_prefix(backbone), flat(backbone.parameters())
     outer = "model.language_model." if plan.is_multimodal else "model."
@@ -240,9 +239,7 @@ def randomize(backbone: nn.Module, seed: int) -> None:
             return old.shape[0] ** -0.25 * (1 + 0.1 * noise)
         if "norm" in name or "scale" in name:
             return 1 + 0.1 * noise
-        if "embed_tokens" in name:
-            return noise * old.shape[-1] ** -0.5
-        return noise * old.shape[-1] ** -0.5 * 0.7
+        return noise * old.shape[-1] ** -0.5 * (1 if "embed_tokens" in name else 0.7)
 
     backbone.load_weights([(n, value(n, v)) for n, v in flat(backbone.parameters()).items()])
 
@@ -254,12 +251,8 @@ def _save_tokenizer(folder: Path, texts: Iterable[str], vocab_size: int) -> int:
     from transformers import PreTrainedTokenizerFast
 
     space = normalizers.Replace(" ", "▁")
-    words = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split("\n", "isolated"),
-            pre_tokenizers.Split("▁", "merged_with_next"),
-        ]
-    )
+    splits = (("\n", "isolated"), ("▁", "merged_with_next"))
+    words = pre_tokenizers.Sequence([pre_tokenizers.Split(*split) for split in splits])
     learner = Tokenizer(models.BPE())
     learner.normalizer, learner.pre_tokenizer = space, words
     reserved = [_SPECIAL.get(i, f"<unused{i}>") for i in range(_FIRST_FREE)]
@@ -283,12 +276,8 @@ def _save_tokenizer(folder: Path, texts: Iterable[str], vocab_size: int) -> int:
     )
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        bos_token="<bos>",
-        eos_token="<eos>",
-        pad_token="<pad>",
-        unk_token="<unk>",
-        mask_token="<mask>",
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
+        **{f"{name}_token": f"<{name}>" for name in ("bos", "eos", "pad", "unk", "mask")},
     ).save_pretrained(folder)
     return len(tokens)

@@ -7,14 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import ModelError
+from ..errors import damaged
 
-__all__ = [
-    "END_OF_TURN",
-    "end_tokens",
-    "load_processor",
-    "load_tokenizer",
-]
+__all__ = ["END_OF_TURN", "end_tokens", "load_processor", "load_tokenizer"]
 
 END_OF_TURN = "<turn|>"
 
@@ -28,19 +23,16 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     if not (folder / "tokenizer.json").exists():
-        raise ModelError(
+        raise damaged(
             f"{folder} has no tokenizer.json",
-            wanted="tokenizer.json, tokenizer_config.json and chat_template.jinja",
-            do="copy the tokenizer files of the original checkpoint into the folder",
+            "tokenizer.json, tokenizer_config.json and chat_template.jinja",
+            "copy the tokenizer files of the original checkpoint into the folder",
         )
     try:
         return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(
-            f"the tokenizer of {folder} cannot be read: {error}",
-            wanted="the tokenizer files of the original checkpoint",
-            do="download them again",
-        ) from None
+        found = f"the tokenizer of {folder} cannot be read: {error}"
+        raise damaged(found, "the tokenizer files of the original checkpoint") from None
 
 
 def load_processor(folder: Path) -> Any:
@@ -51,11 +43,8 @@ def load_processor(folder: Path) -> Any:
     try:
         return load(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(
-            f"the processor of {folder} cannot be read: {error}",
-            wanted="processor_config.json beside the tokenizer files",
-            do="copy the processor files of the original checkpoint into the folder",
-        ) from None
+        found = f"the processor of {folder} cannot be read: {error}"
+        raise damaged(found, "processor_config.json beside the tokenizer files") from None
 
 
 def end_tokens(folder: Path, config: Mapping[str, Any], tokenizer: Any) -> set[int]:
@@ -66,10 +55,10 @@ def end_tokens(folder: Path, config: Mapping[str, Any], tokenizer: Any) -> set[i
         try:
             named.append(json.loads(path.read_text()).get("eos_token_id"))
         except (ValueError, AttributeError) as error:
-            raise ModelError(
+            raise damaged(
                 f"{path} cannot be read: {error}",
-                wanted="a JSON object",
-                do="download the file again, or remove it",
+                "a JSON object",
+                "download it again, or remove it",
             ) from None
     ids = {i for entry in named for i in (entry if isinstance(entry, list) else [entry])}
     turn = tokenizer.convert_tokens_to_ids(END_OF_TURN)

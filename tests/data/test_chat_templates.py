@@ -120,6 +120,15 @@ def test_the_picture_of_a_long_answer_shows_where_they_part(tokenizer):
     assert turn_is.endswith("...'word word word word and.'")
 
 
+def test_reasoning_that_the_row_does_not_have_is_refused(tokenizer):
+    template = (
+        "{{ bos_token }}{% for m in messages %}<|turn>"
+        "{{ 'model\n<|channel>thought\nMade up.<channel|>' if m.role == 'assistant' "
+        "else m.role + '\n' }}{{ m.content }}<turn|>\n{% endfor %}"
+    )
+    assert "(thinks Madeup.)" in refused(tokenizer, template, *TURNS[1:]).found
+
+
 def test_a_template_that_answers_in_the_users_name_is_refused(tokenizer):
     template = CHAT_TEMPLATE.replace("'model' if message['role'] == 'assistant' else", "")
     assert "the model turn is  ''" in refused(tokenizer, template).found

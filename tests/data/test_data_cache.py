@@ -220,7 +220,8 @@ def test_a_run_killed_while_writing_leaves_nothing_that_is_taken_for_whole(tmp_p
         time.sleep(0.05)
     run.send_signal(signal.SIGKILL)
     run.communicate()
-    assert [path.read_text() for path in (tmp_path / "tokens").glob(".partial-*-key/a")] == ["half"]
+    [left] = (tmp_path / "tokens").glob(".partial-*-key/a")
+    assert left.read_text() == "half"
     monkeypatch.setenv("MLX_GEMMA4_CACHE", str(tmp_path))
 
     def build(folder: Path) -> None:

@@ -11,11 +11,11 @@ import pytest
 from helpers import write_rows
 
 from mlx_gemma4.config import DataConfig, LoraConfig, TrainConfig
-from mlx_gemma4.errors import ConfigError, ModelError
+from mlx_gemma4.errors import AdapterError, ConfigError, ModelError
 from mlx_gemma4.fit import main
 from mlx_gemma4.memory import choose as choosing
 from mlx_gemma4.memory.choose import choose, fit_settings, machine_memory, parse_memory
-from mlx_gemma4.memory.estimate import Estimate, StepSettings
+from mlx_gemma4.memory.estimate import Estimate, StepSettings, estimate
 from mlx_gemma4.model.plan import Plan, read_config
 
 WANTED = StepSettings(batch_size=4, length=2048)
@@ -158,3 +158,9 @@ def test_a_dtype_that_is_none(tiny, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ConfigError, match="float8"):
         main([str(tmp_path)])
+
+
+def test_what_training_would_refuse_fit_refuses(checkpoints):
+    plan = Plan.from_config(read_config(checkpoints["dense"]))
+    with pytest.raises(AdapterError, match="num_layers is 99"):
+        estimate(plan, StepSettings(lora=LoraConfig(num_layers=99)))

@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
 import pytest
-from helpers import write_rows
+from helpers import make_lora_nonzero, write_rows
 from mlx.utils import tree_map
 
 import mlx_gemma4 as g4
@@ -287,6 +287,15 @@ def test_the_same_seed_gives_the_same_adapter(tiny, data, tmp_path):
         tensors(tmp_path / name / "adapter" / "adapters.safetensors") for name in ("one", "other")
     )
     assert any(not np.array_equal(one[name], other[name]) for name in one)
+
+
+def test_dropout_draws_anew_at_every_step(gemma, data):
+    """At a learning rate of zero and with one example, nothing else can change the loss."""
+    gemma.add_lora(g4.LoraConfig(rank=2, dropout=0.5))
+    make_lora_nonzero(gemma, size=0.5)
+    data.train = data.train[:1]
+    run = g4.finetune(gemma, data, settings(iters=2, learning_rate=0.0), console=False)
+    assert run.history[1]["loss"] != run.history[2]["loss"]
 
 
 def test_gradient_checkpointing_changes_no_loss(tiny, data):

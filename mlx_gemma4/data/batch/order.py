@@ -1,13 +1,10 @@
-"""Which examples share a row, and which rows a batch: the plan of a split, and its shapes.
-
-A batch has rows, a packed row has several examples. The order of an epoch follows from the seed and
-its number alone.
-"""
+"""Which examples share a row, and which rows a batch; the shapes of both."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import count, islice
 
 import numpy as np
 
@@ -59,7 +56,7 @@ def pack(lengths: Sequence[int], capacity: int) -> Rows:
 class BatchOrder:
     """The batches of every epoch: each example once an epoch, the tail included.
 
-    Args, and attributes:
+    Args:
         lengths: positions that each example takes.
         batch_size: rows in a batch; the last batch of an epoch may have fewer.
         seed: with an epoch's number, all that its order depends on.
@@ -86,7 +83,7 @@ class BatchOrder:
         packing: bool = True,
         seed: int = 0,
     ) -> BatchOrder:
-        """The batches of a split: what is decided about its rows is decided here.
+        """The batches of a split.
 
         An example takes a position less than it has tokens: nothing follows its last. A packed row
         has `max_seq_length` positions, or as many as the longest example takes.
@@ -120,41 +117,37 @@ class BatchOrder:
         rows = [[i] for i in range(len(self.lengths))]
         if self.capacity is not None:
             rows = pack(self.lengths.tolist(), self.capacity)
-        return [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
+        return _in_batches(rows, self.batch_size)
 
     def epoch(self, number: int) -> list[Rows]:
         """The batches of an epoch."""
         random = np.random.default_rng([self._seed, number])
-        order = random.permutation(len(self.lengths))
-        size = self.batch_size
+        order, size = random.permutation(len(self.lengths)), self.batch_size
         if self.capacity is not None:
             packed = pack(self.lengths[order].tolist(), self.capacity)
             rows = [order[packed[i]].tolist() for i in random.permutation(len(packed))]
-            return [rows[i : i + size] for i in range(0, len(rows), size)]
+            return _in_batches(rows, size)
         batches = []
         for start in range(0, len(order), size * _WINDOW):
             window = order[start : start + size * _WINDOW]
-            rows = [[int(i)] for i in window[np.argsort(self.lengths[window], kind="stable")]]
-            batches += [rows[i : i + size] for i in range(0, len(rows), size)]
+            alike = window[np.argsort(self.lengths[window], kind="stable")]
+            batches += _in_batches(alike[:, None].tolist(), size)
         return [batches[i] for i in random.permutation(len(batches))]
 
     def num_batches(self, epochs: float) -> int:
         """Batches in so many epochs, the last of which may be a part."""
-        whole = int(epochs)
-        count = sum(len(self.epoch(number)) for number in range(whole))
-        if epochs > whole:
-            count += math.ceil((epochs - whole) * len(self.epoch(whole)))
-        return count
+        part, whole = math.modf(epochs)
+        batches = sum(len(self.epoch(number)) for number in range(int(whole)))
+        return batches + (math.ceil(part * len(self.epoch(int(whole)))) if part else 0)
 
     def batches(self, start: int = 0) -> Iterator[tuple[int, Rows]]:
         """(number, rows) of batch `start`, `start + 1`, ... without end, numbered across epochs."""
-        number = epoch = 0
-        while True:
-            for rows in self.epoch(epoch):
-                if number >= start:
-                    yield number, rows
-                number += 1
-            epoch += 1
+        every = (rows for epoch in count() for rows in self.epoch(epoch))
+        return islice(enumerate(every), start, None)
+
+
+def _in_batches(rows: Rows, size: int) -> list[Rows]:
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
 # ---------------------------------------------------------------- few shapes: each is compiled
@@ -171,7 +164,7 @@ def longest_bound(longest: int, length: int) -> int | None:
     return bound if bound < length else None
 
 
-def bucket(count: int, least: int) -> int:
+def bucket(number: int, least: int) -> int:
     """The next multiple of `least`, or of a quarter of the power of two below, if that is more."""
-    step = max(least, 1 << max(0, count.bit_length() - 3))
-    return -(-count // step) * step
+    step = max(least, 1 << max(0, number.bit_length() - 3))
+    return -(-number // step) * step

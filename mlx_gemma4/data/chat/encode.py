@@ -1,9 +1,8 @@
 """Rows -> token ids and loss masks, through the model's own chat template.
 
 The tokens are those of `apply_chat_template` (render.py). What the model says in them is read from
-the markers around its turns, and held against what the row says (spans.py). Nothing is derived from
-a prompt's length: the larger members' templates put an empty thought into the generation prompt,
-which the full rendering does not have.
+the markers around its turns, and held against the row (spans.py). Nothing is derived from a
+prompt's length: larger members put an empty thought into the generation prompt alone.
 """
 
 from __future__ import annotations
@@ -21,20 +20,10 @@ from ...config import DataConfig
 from ...errors import DataError
 from ..example import Encoded, Example, Facts, origin_of
 from ..read.records import Raw, row_error
+from . import spans
 from .formats import Row, RowOptions, column_map, row_of
 from .render import Rendering, render
-from .spans import (
-    MARKERS,
-    TURN,
-    Mark,
-    Span,
-    between_tool_results,
-    check_against_generation,
-    check_against_row,
-    find_marks,
-    model_turns,
-    user_turns,
-)
+from .spans import MARKERS, TURN, Mark, Span
 
 __all__ = ["Chunk", "Encoder", "Task", "encode", "encode_chunk"]
 
@@ -44,13 +33,7 @@ __all__ = ["Chunk", "Encoder", "Task", "encode", "encode_chunk"]
 
 @dataclass(frozen=True)
 class Task:
-    """What does not change from row to row.
-
-    Attributes:
-        tokenizer: the transformers tokenizer.
-        vocab_size: ids at or above it are refused.
-        config: how rows become examples.
-    """
+    """What does not change from row to row: ids at or above `vocab_size` are refused."""
 
     tokenizer: Any
     vocab_size: int
@@ -82,7 +65,6 @@ def encode_chunk(task: Task, chunk: Chunk) -> Encoded:
     encoder = Encoder(task.tokenizer, config.train_on, config.thinking)
     options = RowOptions(column_map(config.columns), chunk.folder, config.media_anywhere)
     errors: dict[int, DataError] = {}
-
     rendered: dict[int, Rendering] = {}
     for i, (number, raw) in enumerate(chunk.rows):
         try:
@@ -93,7 +75,7 @@ def encode_chunk(task: Task, chunk: Chunk) -> Encoded:
             if config.on_bad_row == "error":
                 break  # a row before it may still fail below
     tokens = encoder.tokenize([rendering.text for rendering in rendered.values()])
-    examples, numbers = [], []
+    examples: dict[int, Example] = {}
     for (i, rendering), ids in zip(rendered.items(), tokens):
         try:
             example = encoder.example(rendering, ids, facts.notes)
@@ -102,22 +84,20 @@ def encode_chunk(task: Task, chunk: Chunk) -> Encoded:
             errors[i] = error
             continue
         facts.shapes[rendering.row.shape] += 1
-        if fitted is None:
-            facts.skipped += 1
-            continue
-        facts.truncated += fitted is not example
-        examples.append(fitted)
-        numbers.append(chunk.rows[i][0])
+        facts.skipped += fitted is None
+        if fitted is not None:
+            facts.truncated += fitted is not example
+            examples[i] = fitted
     for _, first in sorted(errors.items()):
         if config.on_bad_row == "error":
             raise first
         facts.add(Facts(bad=1, bad_rows=[first.found]))
-    return Encoded.of(examples, numbers, facts)
+    return Encoded.of([*examples.values()], [chunk.rows[i][0] for i in examples], facts)
 
 
 def _fit(example: Example, task: Task) -> Example | None:
     """The example within max_seq_length, or None to skip it."""
-    highest, length = int(np.max(example.tokens)), task.config.max_seq_length
+    highest, length = int(example.tokens.max()), task.config.max_seq_length
     if highest >= task.vocab_size:
         raise row_error(
             f"{example.origin} has the token id {highest}",
@@ -153,16 +133,14 @@ def encode(
 ) -> Example:
     """Tokens of a row, and which of them are targets.
 
-    A text row is `<bos> text <eos>`, and every token is a target. Of a conversation the targets
-    are what the model says: text, reasoning and tool calls, with the tokens that end a turn or hand
-    over to a tool. `train_on` says which of it: all ("assistant"), what follows the last question
-    ("completion"), or what follows the last question or tool result ("last"); "all" is every token
-    of the row. An assistant turn with `"train": False` never is a target.
+    Of a text row every token is a target; of a conversation what the model says: text, reasoning
+    and tool calls, with the tokens that end a turn or hand over to a tool. An assistant turn with
+    `"train": False` never is one.
 
     Args:
-        row: a conversation or a text.
         tokenizer: with the model's chat template.
-        train_on: "assistant", "last", "completion" or "all".
+        train_on: "assistant", what follows the last question ("completion"), what follows the last
+            question or tool result ("last"), or every token ("all").
         thinking: "keep" makes reasoning a target, "mask" shows it to the model and does not, "drop"
             takes it out before rendering.
         notes: counts what a person should know, such as reasoning that the template leaves out.
@@ -185,18 +163,11 @@ def encode(
 
 
 class Encoder:
-    """A tokenizer, what of it every row asks for, and which tokens are targets.
-
-    Args:
-        tokenizer, train_on, thinking: as for `encode`.
-
-    Attributes:
-        ends: `<bos>` and `<eos>`.
-    """
+    """A tokenizer, what of it every row asks for, and which tokens are targets, as of `encode`."""
 
     def __init__(self, tokenizer: Any, train_on: str, thinking: str):
         self._tokenizer, self._train_on, self._thinking = tokenizer, train_on, thinking
-        self.ends = tokenizer.bos_token, tokenizer.eos_token
+        self.ends = tokenizer.bos_token, tokenizer.eos_token  # it takes its time to give them
         self._bos_id, unknown = tokenizer.bos_token_id, tokenizer.unk_token_id
         ids = {marker: tokenizer.convert_tokens_to_ids(marker) for marker in MARKERS}
         self._ids = {marker: i for marker, i in ids.items() if i not in (None, unknown)}
@@ -214,23 +185,17 @@ class Encoder:
         return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
     def example(self, rendering: Rendering, tokens: np.ndarray, notes: Counter[str]) -> Example:
-        """A rendering and its tokens as an example.
-
-        Raises:
-            DataError: as of `encode`.
-        """
+        """A rendering and its tokens as an example; it raises as `encode` does."""
         self._require_one_bos(tokens, rendering.row.origin)
+        mask, dropped = np.ones(len(tokens), bool), 0
         if rendering.messages:
             mask, dropped = self._mask(rendering, tokens)
-        else:
-            mask, dropped = np.ones(len(tokens), bool), 0
-        for count, what in (
-            (dropped, "texts of reasoning left out by the chat template"),
-            (rendering.removed, "texts of reasoning left out, as thinking is drop"),
-            (bool(rendering.quoted), "rows with markers of the chat template in their own text"),
-        ):
-            if count:
-                notes[what] += int(count)
+        told = {
+            "texts of reasoning left out by the chat template": dropped,
+            "texts of reasoning left out, as thinking is drop": rendering.removed,
+            "rows with markers of the chat template in their own text": int(bool(rendering.quoted)),
+        }
+        notes.update({what: count for what, count in told.items() if count})
         return Example(tokens, mask, rendering.row.origin)
 
     def _mask(self, rendering: Rendering, tokens: np.ndarray) -> tuple[np.ndarray, int]:
@@ -238,39 +203,32 @@ class Encoder:
         origin = rendering.row.origin
         marks = self._locate(rendering.text, tokens, origin)
         marks = [mark for mark in marks if mark.char not in rendering.quoted]
-        turns = model_turns(rendering.text, marks, len(tokens), len(self._header))
-        may_train, dropped = check_against_row(rendering.messages, turns, origin)
+        turns = spans.model_turns(rendering.text, marks, len(tokens), len(self._header))
+        may_train, dropped = spans.check_against_row(rendering.messages, turns, origin)
         if rendering.generated is not None:
             generated = np.array(rendering.generated, bool)
-            check_against_generation(
+            spans.check_against_generation(
                 tokens, turns, generated, self._thinking, origin, self._tokenizer
             )
-        mask = np.zeros(len(tokens), bool)
-        if self._train_on == "all":
-            mask[:] = True
-        else:
-            for span in self._chosen(turns, user_turns(rendering.text, marks)):
-                mask[span.first : span.last] |= span.kind != "response"
+        mask = np.full(len(tokens), self._train_on == "all")
+        for span in self._chosen(turns, spans.user_turns(rendering.text, marks)):
+            mask[span.first : span.last] |= span.kind != "response"
         for turn, trained in zip(turns, may_train):
             for span in turn:
                 masked = span.kind == "thought" and (self._thinking == "mask" or not span.text)
                 if masked or not trained:
                     mask[span.first : span.last] = False
         if not mask[1:].any():
-            raise row_error(
-                f"{origin} has no target token",
-                "an assistant turn to learn",
-                "add the answer, or remove the line",
-            )
+            raise row_error(f"{origin} has no target token", "an assistant turn to learn")
         return mask, dropped
 
     def _chosen(self, turns: list[list[Span]], questions: list[int]) -> Iterable[Span]:
         """The spans of the model turns that `train_on` names."""
         turns = [turn for turn in turns if turn]
-        if self._train_on == "assistant" or not turns:
+        if self._train_on in ("assistant", "all") or not turns:
             return chain(*turns)
         if self._train_on == "last":
-            return between_tool_results(turns[-1])[-1]
+            return spans.between_tool_results(turns[-1])[-1]
         asked = max((place for place in questions if place < turns[-1][0].first), default=-1)
         return chain(*(turn for turn in turns if turn[0].first > asked))
 
@@ -285,13 +243,8 @@ class Encoder:
             )
 
     def _locate(self, text: str, tokens: np.ndarray, origin: str) -> list[Mark]:
-        """The markers of a text with their tokens: the nth marker is the nth such token.
-
-        Raises:
-            DataError: a marker is joined with other text, or a model turn's opening with what
-                follows it.
-        """
-        marks = [mark for mark in find_marks(text) if mark.marker in self._ids]
+        """The markers of a text with their tokens: the nth marker is the nth such token."""
+        marks = [mark for mark in spans.find_marks(text) if mark.marker in self._ids]
         places = np.flatnonzero(self._is_marker[tokens])
         whole = [self._ids[mark.marker] for mark in marks] == tokens[places].tolist()
         marks = [Mark(m.marker, m.char, place) for m, place in zip(marks, places.tolist())]

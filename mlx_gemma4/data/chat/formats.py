@@ -1,13 +1,10 @@
 """A raw row -> `Row`: a conversation or a text, whatever shape the row was written in.
 
-The shape is told by the fields, in this order: `messages` (chat; tools, where there are any),
-`conversations` (sharegpt), `prompt` and `completion` (completions), `instruction` and `output`
-(alpaca), `text`. docs/data.md shows each.
-
-A turn of a `Row` is a dict with `role` (system, user, assistant, tool) and `content`, a text, or
-with images or audio a list of parts (media.py). It may also have `reasoning`, a text; `tool_calls`,
-each {"type": "function", "function": {"name", "arguments"}} with arguments as an object; `name` and
-`tool_call_id` of a tool's answer; and `train: False` if it is never a target.
+The fields tell the shape; docs/data.md shows each. A turn of a `Row` is a dict with `role` (system,
+user, assistant, tool) and `content`, a text, or with images or audio a list of parts (media.py).
+It may have `reasoning`, a text; `tool_calls`, each {"type": "function", "function": {"name",
+"arguments"}} with arguments as an object; `name` and `tool_call_id` of a tool's answer; and
+`train: False` if it is never a target.
 """
 
 from __future__ import annotations
@@ -19,7 +16,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from ...errors import ConfigError, DataError
+from ...errors import ConfigError
 from ..read.files import DataFile
 from ..read.records import Raw, record_of, row_error, without_nulls
 from .media import MEDIA, add_media, media_part, resolve_media
@@ -27,15 +24,15 @@ from .media import MEDIA, add_media, media_part, resolve_media
 __all__ = ["Row", "RowOptions", "column_map", "read_rows", "row_of"]
 
 _DEEPEST = 50
-_ROLES = ("system", "user", "assistant", "tool")
-_SAME_ROLE = {"developer": "system", "function": "tool"}
-_SHAREGPT = {
-    "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant",
-    "assistant": "assistant", "model": "assistant", "bot": "assistant", "system": "system",
-    "tool": "tool", "function": "tool", "observation": "tool", "function_call": "function_call",
-}  # fmt: skip
+_ROLES = {role: role for role in ("system", "user", "assistant", "tool")}
+_MORE_ROLES = _ROLES | {"developer": "system", "function": "tool"}
+_SHAREGPT = _ROLES | {
+    **dict.fromkeys(("gpt", "chatgpt", "model", "bot"), "assistant"),
+    **dict.fromkeys(("function", "observation"), "tool"),
+    "human": "user",
+    "function_call": "function_call",
+}
 _REASONING = ("reasoning", "reasoning_content", "thinking")
-_CONTENT = "content as text, or a list of parts with text"
 _MAY_FOLLOW = {
     None: ("system", "user"),
     "system": ("user",),
@@ -88,26 +85,26 @@ def column_map(columns: Sequence[str]) -> dict[str, str]:
     >>> column_map(["prompt=question", "completion=answer"])
     {'prompt': 'question', 'completion': 'answer'}
     """
-    pairs = [pair.partition("=") for pair in columns]
-    for name, sign, column in pairs:
+    found = {}
+    for pair in columns:
+        name, _, column = pair.partition("=")
         if not (name and column):
-            raise ConfigError(
-                f"columns holds {name + sign + column!r}",
-                wanted="field=column, such as prompt=question",
-                do="change columns",
-            )
-    return {name: column for name, _, column in pairs}
+            wanted = "field=column, such as prompt=question"
+            raise ConfigError(f"columns holds {pair!r}", wanted=wanted, do="change columns")
+        found[name] = column
+    return found
 
 
-def read_rows(path: str | Path, options: RowOptions | None = None) -> Iterator[Row]:
+def read_rows(path: str | Path) -> Iterator[Row]:
     """The rows of a file, in the order they stand there; blank lines are passed over.
 
     Raises:
         DataError: the first row that cannot be used, by file and line.
     """
     file = DataFile.of(Path(path))
+    options = RowOptions({}, file.folder)
     for number, raw in file.records():
-        yield row_of(raw, f"{file.place}{number}", options or RowOptions({}, file.folder))
+        yield row_of(raw, f"{file.place}{number}", options)
 
 
 def row_of(raw: Raw, origin: str, options: RowOptions) -> Row:
@@ -118,13 +115,9 @@ def row_of(raw: Raw, origin: str, options: RowOptions) -> Row:
     """
     record = record_of(raw, origin)
     if options.columns:
-        missing = [column for column in options.columns.values() if column not in record]
-        if missing:
-            raise row_error(
-                f"{origin} has no column {', '.join(missing)}; it has {_names(record)}",
-                ", ".join(options.columns.values()) + ", which columns names",
-                "change columns",
-            )
+        if missing := [column for column in options.columns.values() if column not in record]:
+            found = f"{origin} has no column {', '.join(missing)}; it has {_names(record)}"
+            raise row_error(found, "those that columns names", "change columns")
         record = {name: record[column] for name, column in options.columns.items()}
     row = _row(record, origin, options)
     _require_clean((row.messages, row.tools, row.text), origin, _DEEPEST)
@@ -141,70 +134,52 @@ def _row(record: dict, origin: str, options: RowOptions) -> Row:
     elif "conversations" in record:
         shape, turns = "sharegpt", record["conversations"]
     elif {"prompt", "completion"} <= record.keys():
-        shape, turns = "completions", _prompt_and_completion(record)
+        shape, turns = "completions", _pair(record["prompt"], record["completion"])
     elif {"instruction", "output"} <= record.keys():
-        shape, turns = "alpaca", _alpaca(record, origin)
+        shape, turns = "alpaca", _pair(_instruction(record, origin), record["output"])
     elif "text" in record:
-        if not isinstance(record["text"], str) or not record["text"].strip():
-            raise row_error(
-                f"{origin} has text {str(record['text'])[:40]!r}", "text that is not empty"
-            )
-        return Row("text", (), record["text"], origin)
+        text = record["text"]
+        if not isinstance(text, str) or not text.strip():
+            raise row_error(f"{origin} has text {str(text)[:40]!r}", "text that is not empty")
+        return Row("text", (), text, origin)
     else:
         raise row_error(
-            f"{origin} has the keys {_names(record)}",
+            f"{origin} has the keys {_names(record) or '(none)'}",
             "messages; conversations; prompt and completion; instruction and output; or text",
             "rename the fields of the file, or map them: columns prompt=question ...",
         )
-    if isinstance(turns, str):
-        turns = _from_json(turns, origin, "messages")
+    turns = _from_json(turns, origin, "messages")
     if not isinstance(turns, list) or not turns:
         raise row_error(f"{origin}: messages is empty or no list", "a list of turns")
     if record.get("system") not in (None, ""):
         turns = [{"role": "system", "content": record["system"]}, *turns]
-    turns = add_media(turns, record, origin)
     messages = tuple(
-        _turn(turn, f"{origin}: turn {number}", options) for number, turn in enumerate(turns, 1)
+        _turn(turn, f"{origin}: turn {number}", options)
+        for number, turn in enumerate(add_media(turns, record, origin), 1)
     )
     _require_order(messages, origin)
-    tools = _tools(record, origin)
+    given = record.get("tools") or record.get("functions") or []
+    tools = tuple(
+        {"type": "function", "function": without_nulls(function)}
+        for _, function in _functions(given, f"{origin}: tools")
+    )
     if shape == "chat" and (tools or any("tool_calls" in turn for turn in messages)):
         shape = "tools"
     return Row(shape, messages, "", origin, tools)
 
 
-def _prompt_and_completion(record: dict) -> list:
+def _pair(prompt: Any, completion: Any) -> list:
     """Two texts are a question and its answer; lists of turns are joined."""
-    prompt, completion = record["prompt"], record["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):
         return prompt + completion
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
 
 
-def _alpaca(record: dict, origin: str) -> list:
+def _instruction(record: dict, origin: str) -> str:
     question, given = record["instruction"], record.get("input") or ""
     if not isinstance(question, str) or not isinstance(given, str):
         raise row_error(f"{origin}: instruction or input is no text", "texts")
-    return [
-        {"role": "user", "content": f"{question}\n\n{given}" if given.strip() else question},
-        {"role": "assistant", "content": record["output"]},
-    ]
-
-
-def _tools(record: dict, origin: str) -> tuple[dict[str, Any], ...]:
-    tools = record.get("tools") or record.get("functions") or []
-    if isinstance(tools, str):
-        tools = _from_json(tools, origin, "tools")
-    wrapped = []
-    for tool in tools if isinstance(tools, list) else [None]:
-        function = tool.get("function", tool) if isinstance(tool, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise row_error(
-                f"{origin}: tools has an entry without the name of a function",
-                'a list of {"type": "function", "function": {"name": "...", ...}}',
-            )
-        wrapped.append({"type": "function", "function": without_nulls(function)})
-    return tuple(wrapped)
+    return f"{question}\n\n{given}" if given.strip() else question
 
 
 # ---------------------------------------------------------------- turns
@@ -213,50 +188,44 @@ def _tools(record: dict, origin: str) -> tuple[dict[str, Any], ...]:
 def _turn(turn: Any, where: str, options: RowOptions) -> dict[str, Any]:
     """A turn as the head of this file describes it."""
     role = _role(turn, where)
-    if role == "function_call":  # ShareGPT's: the call as JSON
-        called = _from_json(_text(turn.get("value"), "value", where), where, "a function_call")
-        calls = [{"function": call} for call in (called if isinstance(called, list) else [called])]
-        return {"role": "assistant", "content": "", "tool_calls": _tool_calls(calls, where)}
     content = turn.get("value" if "from" in turn else "content")
-    normal: dict[str, Any] = {"role": role, "content": _content(content, role, where, options)}
+    calls = turn.get("function_call") or turn.get("tool_calls") or []
+    if role == "function_call":  # ShareGPT's: the call as JSON
+        role, calls, content = "assistant", _text(content, "value", where) or "{}", ""
+    said = "" if calls and content in (None, []) else _content(content, where, options)
+    if said is None:
+        raise row_error(
+            f"{where} ({role}) has no text content", "content as text, or a list of parts with text"
+        )
+    normal: dict[str, Any] = {"role": role, "content": said}
     if reasoning := _reasoning(turn, content, f"{where} ({role})"):
         normal["reasoning"] = reasoning
-    calls = turn.get("tool_calls") or []
-    if turn.get("function_call"):
-        calls = [{"function": turn["function_call"]}]
     if calls:
         normal["tool_calls"] = _tool_calls(calls, where)
+    if role != "assistant" and (reasoning or calls):
+        what = "tool calls" if calls else "reasoning"
+        raise row_error(f"{where} ({role}) has {what}", "those on assistant turns only")
     for key in ("name", "tool_call_id"):
         if role == "tool" and turn.get(key) is not None:
             normal[key] = _text(turn[key], key, where)
-    if (reasoning or calls) and role != "assistant":
-        what = "tool calls" if calls else "reasoning"
-        raise row_error(f"{where} ({role}) has {what}", "those on assistant turns only")
-    if role == "assistant" and turn.get("weight") in (0, 1):
-        if not turn["weight"]:
-            normal["train"] = False
-    elif turn.get("weight") is not None:
-        raise row_error(
-            f"{where} ({role}) has weight {turn['weight']!r}",
-            "0 or 1, on an assistant turn",
-            "mend the line, or remove the weight",
-        )
-    if content in (None, []) and role == "assistant" and not calls:
-        raise row_error(f"{where} ({role}) has no text content", _CONTENT)
+    weight = turn.get("weight")
+    if weight is not None and (role != "assistant" or weight not in (0, 1)):
+        raise row_error(f"{where} ({role}) has weight {weight!r}", "0 or 1, on an assistant turn")
+    if weight == 0:
+        normal["train"] = False
     return normal
 
 
 def _role(turn: Any, where: str) -> str:
-    role = turn
+    given = turn
     if isinstance(turn, dict):
-        if isinstance(turn.get("from"), str):
-            role = _SHAREGPT.get(turn["from"].lower(), turn["from"])
-        else:
-            role = turn.get("role")
-            role = _SAME_ROLE.get(role, role) if isinstance(role, str) else role
-        if isinstance(role, str) and role in (*_ROLES, "function_call"):
-            return role
-    raise row_error(f"{where} has role {repr(role)[:60]}", "a role of " + ", ".join(_ROLES))
+        speaker: Any = turn.get("from")
+        given = speaker if isinstance(speaker, str) else turn.get("role")
+        if isinstance(given, str):
+            role = _SHAREGPT.get(given.lower()) if given is speaker else _MORE_ROLES.get(given)
+            if role:
+                return role
+    raise row_error(f"{where} has role {repr(given)[:60]}", "a role of " + ", ".join(_ROLES))
 
 
 def _reasoning(turn: dict, content: Any, where: str) -> str:
@@ -267,19 +236,17 @@ def _reasoning(turn: dict, content: Any, where: str) -> str:
     if any(not isinstance(text, str) for text in texts) or len(set(texts)) > 1:
         raise row_error(
             f"{where} has {len(texts)} fields of reasoning, or one that is no text",
-            "one text: reasoning, reasoning_content or thinking",
+            f"one text: {', '.join(_REASONING)}",
         )
     return texts[0] if texts else ""
 
 
-def _content(content: Any, role: str, where: str, options: RowOptions) -> str | list[dict]:
-    """Text as it is; parts as one text, or as parts where there are images or audio."""
-    if content in (None, []) and role == "assistant":
-        return ""
+def _content(content: Any, where: str, options: RowOptions) -> str | list[dict] | None:
+    """Text; parts with images or audio; None for what is neither."""
     if isinstance(content, str):
         return content
     if not (content and isinstance(content, list) and all(isinstance(p, dict) for p in content)):
-        raise row_error(f"{where} ({role}) has no text content", _CONTENT)
+        return None
     parts = []
     for part in content:
         kind = part.get("type")
@@ -298,31 +265,33 @@ def _content(content: Any, role: str, where: str, options: RowOptions) -> str | 
 
 
 def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
-    if isinstance(calls, str):
-        calls = _from_json(calls, where, "tool_calls")
     done = []
-    for call in calls if isinstance(calls, list) else [calls]:
-        function = call.get("function", call) if isinstance(call, dict) else None
-        name = function.get("name") if isinstance(function, Mapping) else None
-        if not isinstance(function, Mapping) or not isinstance(name, str) or not name:
-            raise row_error(
-                f"{where} has a tool call without the name of a function",
-                '{"function": {"name": "...", "arguments": {...}}}',
-            )
-        arguments = function.get("arguments")
-        if isinstance(arguments, str):
-            arguments = _from_json(arguments, where, f"the arguments of {name}")
+    for call, function in _functions(calls, f"{where}: tool_calls"):
+        name = function["name"]
+        arguments = _from_json(function.get("arguments"), where, f"the arguments of {name}")
         arguments = {} if arguments is None else arguments
         if not isinstance(arguments, dict):
-            raise row_error(
-                f"{where}: the arguments of {name} are a {type(arguments).__name__}",
-                "an object, or JSON text of one",
-            )
+            kind = type(arguments).__name__
+            raise row_error(f"{where}: the arguments of {name} are a {kind}", "an object")
         normal = {"type": "function", "function": {"name": name, "arguments": arguments}}
         if isinstance(call.get("id"), str):
             normal["id"] = call["id"]
         done.append(normal)
     return done
+
+
+def _functions(entries: Any, what: str) -> Iterator[tuple[dict, Any]]:
+    """Each entry of tools or tool calls, and the function that it is or holds."""
+    entries = _from_json(entries, what, "the list")
+    for entry in entries if isinstance(entries, list) else [entries]:
+        function = entry.get("function", entry) if isinstance(entry, dict) else None
+        name = function.get("name") if isinstance(function, dict) else None
+        if not isinstance(name, str) or not name:
+            raise row_error(
+                f"{what} has an entry without the name of a function",
+                'entries such as {"type": "function", "function": {"name": "...", ...}}',
+            )
+        yield entry, function
 
 
 # ---------------------------------------------------------------- checks
@@ -334,16 +303,18 @@ def _text(value: Any, key: str, where: str) -> str:
     return value
 
 
-def _from_json(text: str, where: str, what: str) -> Any:
-    """A value that a row holds as JSON text."""
+def _from_json(value: Any, where: str, what: str) -> Any:
+    """A value that a row may hold as JSON text."""
+    if not isinstance(value, str):
+        return value
     try:
-        return json.loads(text or "{}")
+        return json.loads(value or "{}")
     except (ValueError, RecursionError) as error:
         raise row_error(f"{where}: {what} is text that is not JSON: {error}", "JSON") from None
 
 
 def _names(record: dict) -> str:
-    names = ", ".join(sorted(map(str, record))) or "(none)"
+    names = ", ".join(sorted(map(str, record)))
     return names if len(names) <= 200 else names[:200] + " ..."
 
 
@@ -375,7 +346,11 @@ def _require_clean(value: Any, origin: str, depth: int) -> None:
             try:
                 value.encode()
             except UnicodeEncodeError as error:
-                raise _half_a_character(value[error.start], origin) from None
+                code = ord(value[error.start])
+                found, wanted = "holds half of a surrogate pair", "text that UTF-8 can hold"
+                if 0xDC80 <= code <= 0xDCFF:  # what `surrogateescape` makes of a byte
+                    found = f"the byte {code - 0xDC00:#x} is not UTF-8"
+                raise row_error(f"{origin}: {found}", wanted) from None
     elif isinstance(value, (dict, list, tuple)):
         if not depth:
             raise row_error(f"{origin}: nested too deep", f"at most {_DEEPEST} levels")
@@ -387,12 +362,3 @@ def _require_clean(value: Any, origin: str, depth: int) -> None:
             _require_clean(item, origin, depth - 1)
     elif value is not None and not isinstance(value, (bool, int, float)):
         raise row_error(f"{origin}: holds a {type(value).__name__}", "what JSON can hold")
-
-
-def _half_a_character(character: str, origin: str) -> DataError:
-    code = ord(character)
-    if 0xDC80 <= code <= 0xDCFF:  # what `surrogateescape` makes of a byte that is not UTF-8
-        found, wanted = f"the byte {code - 0xDC00:#x} is not UTF-8", "a file in UTF-8"
-    else:
-        found, wanted = "holds half of a surrogate pair", "text that UTF-8 can hold"
-    return row_error(f"{origin}: {found}", wanted)

@@ -30,11 +30,12 @@ def media_part(part: dict) -> tuple[str, Any]:
 
 def add_media(turns: list, record: dict, origin: str) -> list:
     """Images and audio of the row as parts that come first in the first user turn."""
-    parts = []
-    for field, kind in _FIELDS.items():
-        value = record.get(field)
-        for path in value if isinstance(value, list) else [value] if value else []:
-            parts.append({"type": kind, kind: path})
+    parts = [
+        {"type": kind, kind: path}
+        for field, kind in _FIELDS.items()
+        if (value := record.get(field))
+        for path in (value if isinstance(value, list) else [value])
+    ]
     if not parts:
         return turns
     for i, turn in enumerate(turns):
@@ -53,27 +54,20 @@ def resolve_media(kind: str, name: str, where: str, folder: Path | None, anywher
         DataError: an address instead of a path, a path outside the folder, or no file there.
     """
     name = name.removeprefix("file://")
+    told = f"{where} has the {kind} {name[:200]!r}"
     if "://" in name or name.startswith("data:") or folder is None:
-        raise row_error(
-            f"{where} has the {kind} {name[:60]!r}",
-            "a path within the data folder; nothing is downloaded",
-            "save the file beside the rows and name its path",
-        )
+        wanted = "a path within the data folder; nothing is downloaded"
+        raise row_error(told, wanted, "save the file beside the rows and name its path")
     try:
         path, root = (folder / name).resolve(), folder.resolve()
         there = path.is_file()
     except (OSError, ValueError, RuntimeError):
         path, root, there = folder / "?", folder, False
     if not anywhere and not path.is_relative_to(root):
-        raise row_error(
-            f"{where} has the {kind} {name[:200]!r}, outside of {folder}",
-            "paths within the folder of the rows",
-            "move the file there, or set media_anywhere if you trust these rows",
-        )
+        wanted = "paths within the folder of the rows"
+        do = "move the file there, or set media_anywhere if you trust these rows"
+        raise row_error(f"{told}, outside of {folder}", wanted, do)
     if not there:
-        raise row_error(
-            f"{where} has the {kind} {name[:200]!r}, and there is no such file",
-            f"the path of a file, from {folder}",
-            "mend the path",
-        )
+        wanted = f"the path of a file, from {folder}"
+        raise row_error(f"{told}, and there is no such file", wanted, "mend the path")
     return str(path)

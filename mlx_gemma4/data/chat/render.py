@@ -17,18 +17,16 @@ from typing import Any
 from ...model.tokenizer import END_OF_TURN
 from ..read.records import row_error
 from .formats import Row
-from .spans import MARKER, TURN, find_marks, model_turns, spans_of
+from .spans import MARKER, MARKERS, TURN, find_marks, model_turns, spans_of
 
 __all__ = ["Rendering", "render"]
 
-_TEMPLATE_ERRORS = (
-    *(TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError),
-)
+_ERRORS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 """What a template may raise over a row, besides Jinja's own errors."""
 
 _THOUGHT = re.compile(r"<\|channel>.*?<channel\|>", re.DOTALL)
 _CALLED = re.compile(r"<\|tool_(call|response)>.*?<tool_\1\|>", re.DOTALL)
-_GENERATION = re.compile(r"{%-?\s*generation\s*-?%}")
+_marks_generation = lru_cache(maxsize=8)(re.compile(r"{%-?\s*generation\s*-?%}").search)
 
 
 @dataclass(frozen=True)
@@ -36,10 +34,8 @@ class Rendering:
     """A row as text.
 
     Attributes:
-        text: what the tokenizer reads.
         messages: what the template was given; empty for a text row.
-        quoted: characters at which markers of the row's own text stand: the model's turns do not
-            begin or end there.
+        quoted: where in the text markers stand that are the row's own, and open or end no turn.
         generated: the template's mask of generated tokens, where it has `{% generation %}`.
         removed: texts of reasoning that the template was not given.
     """
@@ -59,7 +55,7 @@ def render(row: Row, tokenizer: Any, thinking: str, ends: tuple[str, str]) -> Re
 
     Args:
         thinking: as in DataConfig.
-        ends: the tokenizer's `<bos>` and `<eos>`; it takes its time to give them.
+        ends: the tokenizer's `<bos>` and `<eos>`.
 
     Raises:
         DataError: the template refuses the row or leaves out part of it, or the row's text holds
@@ -81,16 +77,12 @@ def render(row: Row, tokenizer: Any, thinking: str, ends: tuple[str, str]) -> Re
         messages = [_with_thoughts(turn, thinking) for turn in messages]
     kept = [] if thinking == "drop" else thoughts
     tools = list(row.tools) or None
-    options: dict[str, Any] = {"tools": tools, "tokenize": False}
-    text, quoted = "", frozenset[int]()
-    if kept:
-        options["enable_thinking"] = True
+    for thinks in ({"enable_thinking": True}, {}) if kept else ({},):
+        options: dict[str, Any] = {"tools": tools, "tokenize": False, **thinks}
         text = _apply(row, tokenizer, messages, options)
         quoted = _quoted_markers(row, tokenizer, messages, options, text)
-    if not _shows(text, quoted, kept):
-        options.pop("enable_thinking", None)
-        text = _apply(row, tokenizer, messages, options)
-        quoted = _quoted_markers(row, tokenizer, messages, options, text)
+        if kept and _shows(text, quoted, kept):
+            break
     _require_all(row, text, quoted)
     generated = None
     if _marks_generation(tokenizer.get_chat_template(None, tools)):
@@ -104,17 +96,11 @@ def _apply(row: Row, tokenizer: Any, messages: Any, options: dict[str, Any]) -> 
 
     try:
         return tokenizer.apply_chat_template(messages, **options)
-    except (TemplateError, *_TEMPLATE_ERRORS) as error:
+    except (TemplateError, *_ERRORS) as error:
         raise row_error(
             f"{row.origin} is refused by the model's chat template: {error}",
             "roles and fields as the template allows them",
-            "mend or remove the line",
         ) from None
-
-
-@lru_cache(maxsize=8)
-def _marks_generation(template: str) -> bool:
-    return bool(_GENERATION.search(template))
 
 
 # ---------------------------------------------------------------- reasoning
@@ -122,14 +108,13 @@ def _marks_generation(template: str) -> bool:
 
 def _with_thoughts(turn: dict[str, Any], thinking: str) -> dict[str, Any]:
     """A message with its reasoning under the names that templates read, or without any."""
-    turn = dict(turn)
+    if turn["role"] != "assistant":
+        return turn
     if thinking == "drop":
+        turn = {**turn, "content": _THOUGHT.sub("", turn["content"])}
         turn.pop("reasoning", None)
-        if turn["role"] == "assistant":
-            turn["content"] = _THOUGHT.sub("", turn["content"])
-    elif "reasoning" in turn:
-        turn["reasoning_content"] = turn["reasoning"]
-    return turn
+        return turn
+    return {**turn, "reasoning_content": turn["reasoning"]} if "reasoning" in turn else turn
 
 
 def _thoughts(turn: dict[str, Any]) -> list[str]:
@@ -158,18 +143,17 @@ def _refuse_markers_in_answers(row: Row, ends: tuple[str, str]) -> None:
         if not isinstance(turn["content"], str):
             raise row_error(
                 f"{row.origin}: turn {number} ({turn['role']}) holds images or audio",
-                "text",
-                "remove the media; only text can be trained on so far",
+                "text, which alone can be trained on so far",
             )
         if turn["role"] != "assistant":
             continue
         found = [marker for marker in never if marker in turn["content"]]
         for inner in _strings((turn.get("reasoning"), turn.get("tool_calls"))):
-            found += [marker for marker in never if marker in inner]
-            found += [mark.marker for mark in find_marks(inner) if mark.marker not in found]
+            found += [marker for marker in (*ends, *MARKERS) if marker in inner]
         if found:
+            held = " and ".join(dict.fromkeys(found))
             raise row_error(
-                f"{row.origin}: turn {number}, an answer, holds {' and '.join(found)}",
+                f"{row.origin}: turn {number}, an answer, holds {held}",
                 "answers without the markers that the chat template sets",
                 "remove the markers from the answer",
             )
@@ -188,15 +172,13 @@ def _quoted_markers(
     if not any(MARKER.search(string) for string in _strings([others, options["tools"]])):
         return frozenset()
     letters = [turn if turn["role"] == "assistant" else _neutralised(turn) for turn in messages]
-    tools = _neutralised(options["tools"])
-    plain = _apply(row, tokenizer, letters, {**options, "tools": tools})
+    plain = _apply(row, tokenizer, letters, options | {"tools": _neutralised(options["tools"])})
     left = {mark.char for mark in find_marks(plain)}
     marks = find_marks(text)
     if len(plain) != len(text) or not left <= {mark.char for mark in marks}:
         raise row_error(
             f"{row.origin}: the chat template changes with the markers in the row's text",
             "text without the markers that the chat template sets",
-            "remove turn markers from the text of the row",
         )
     return frozenset(mark.char for mark in marks if mark.char not in left)
 
@@ -231,14 +213,11 @@ def _require_all(row: Row, text: str, quoted: frozenset[int]) -> None:
         for char in quoted:
             text = text[:char] + " " + text[char + 1 :]
         text = _CALLED.sub("", text)
-    lost += [f"the tool {name}" for tool in row.tools if (name := _name(tool)) not in text]
+    names = [tool["function"]["name"] for tool in row.tools]
+    lost += [f"the tool {name}" for name in names if name not in text]
     if lost:
         raise row_error(
             f"{row.origin}: the chat template leaves out {', '.join(lost)}",
             "a template that renders the whole row",
             "use Gemma 4's own template, or remove that part of the row",
         )
-
-
-def _name(tool: dict[str, Any]) -> str:
-    return str(tool.get("function", tool).get("name", ""))

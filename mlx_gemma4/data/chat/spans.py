@@ -9,18 +9,16 @@ A turn of the model, as the released templates write it:
 Its parts come in any order and number. What a tool answers stands within the turn and is not the
 model's; the `<|tool_response>` after a call is: there generation stops and the tool runs.
 
-Two ways must agree, or the row is refused: the markers of the rendering, and the texts, reasoning
-and tool calls of the row's assistant turns. They are compared without white space, which templates
-trim. Only reasoning may be missing, since templates leave out earlier ones; it is counted. Where a
-template marks with `{% generation %}` what is generated, that is a third.
+The markers of the rendering and the row's assistant turns must agree, or the row is refused. They
+are compared without white space, which templates trim. Only reasoning may be missing, since
+templates leave out earlier ones. A template's `{% generation %}` marks must agree too.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import chain, groupby
+from itertools import chain, groupby, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -102,22 +100,21 @@ def user_turns(text: str, marks: Iterable[Mark]) -> list[int]:
 
 
 def model_turns(text: str, marks: list[Mark], num_tokens: int, header: int) -> list[list[Span]]:
-    """The spans of every turn of the model.
+    """The spans of every turn of the model in a rendered conversation.
 
     Args:
-        text: a rendered conversation.
         marks: its markers with their tokens.
         num_tokens: tokens of the text.
         header: tokens of "model" and the line's end.
     """
-    opens = [i for i, mark in enumerate(marks) if mark.marker == TURN]
+    ends = [*marks, Mark(TURN, len(text), num_tokens)]
+    opens = [i for i, mark in enumerate(ends) if mark.marker == TURN]
     turns = []
-    for i, following in zip(opens, [*opens[1:], len(marks)]):
-        start = marks[i]
+    for i, following in pairwise(opens):
+        start = ends[i]
         if text.startswith("model\n", start.end):
-            stop = marks[following] if following < len(marks) else Mark("", len(text), num_tokens)
             first = Mark("", start.end + len("model\n"), start.token + 1 + header)
-            turns.append(list(_parse(text, marks[i + 1 : following], first, stop)))
+            turns.append(list(_parse(text, marks[i + 1 : following], first, ends[following])))
     return turns
 
 
@@ -141,24 +138,21 @@ def _parse(text: str, marks: list[Mark], start: Mark, stop: Mark) -> Iterator[Sp
     char, token, before = start.char, start.token, ""
     i = 0
     while i < len(marks):
-        mark, j = marks[i], i
-        closer = _CLOSERS.get(mark.marker)
-        if closer:
-            j = next((j for j in range(i, len(marks)) if marks[j].marker == closer), len(marks))
-        closed = closer and j < len(marks)
-        i = j + 1 if closed else i + 1
-        if not closed and mark.marker not in (END_OF_TURN, _RESPONSE):
+        mark, closer = marks[i], _CLOSERS.get(marks[i].marker)
+        closed = next((j for j in range(i, len(marks)) if marks[j].marker == closer), None)
+        i = 1 + (i if closed is None else closed)
+        if closed is None and mark.marker not in (END_OF_TURN, _RESPONSE):
             continue
         if mark.token > token or mark.char > char:
             yield Span("text", text[char : mark.char], token, mark.token)
             before = "text"
-        if not closed:
+        if closed is None:
             yield Span("end", "", mark.token, mark.token + 1)
             char, token, before = mark.end, mark.token + 1, "end"
             if mark.marker == END_OF_TURN and text.startswith("\n", char):
                 char, token = char + 1, token + 1
         else:
-            kind, first, close = _KINDS[mark.marker], mark.token, marks[j]
+            kind, first, close = _KINDS[mark.marker], mark.token, marks[closed]
             if kind == "response" and before == "call":
                 yield Span("end", "", first, first + 1)
                 first += 1
@@ -172,29 +166,6 @@ def _parse(text: str, marks: list[Mark], start: Mark, stop: Mark) -> Iterator[Sp
 
 
 # ---------------------------------------------------------------- the proof
-
-
-@dataclass
-class _Content:
-    """What the model says, by the row or by the rendering."""
-
-    texts: list[str] = field(default_factory=list)
-    thoughts: list[str] = field(default_factory=list)
-    calls: list[str] = field(default_factory=list)
-
-    def add(self, spans: Iterable[Span]) -> None:
-        for span in spans:
-            if span.kind == "text":
-                self.texts.append(span.text)
-            elif span.kind == "call":
-                self.calls.append(_squash(span.text))
-            elif span.kind == "thought" and span.text:
-                self.thoughts.append(_squash(span.text))
-
-    def __str__(self) -> str:
-        calls = [f"(calls {call})" for call in self.calls]
-        thoughts = [f"(thinks {thought})" for thought in self.thoughts]
-        return " ".join([*thoughts, *calls, *" ".join(self.texts).split()])
 
 
 def check_against_row(
@@ -213,20 +184,27 @@ def check_against_row(
     parts = turns if len(groups) == len(turns) else [list(chain(*turns))]
     may_train, dropped = [], 0
     for group, spans in zip(groups, parts):
-        row, rendering = _content_of(group), _Content()
-        rendering.add(spans)
-        missing = _missing(row.thoughts, rendering.thoughts)
-        if (
-            missing is None
-            or _squash("".join(row.texts)) != _squash("".join(rendering.texts))
-            or len(row.calls) != len(rendering.calls)
-            or not all(name in call for name, call in zip(row.calls, rendering.calls))
+        said = _spans_of_row(group)
+        thoughts, calls, texts = (
+            (_texts(said, kind), _texts(spans, kind)) for kind in ("thought", "call", "text")
+        )
+        left = iter(thoughts[0])
+        if not (
+            all(thought in left for thought in thoughts[1])
+            and len(calls[0]) == len(calls[1])
+            and all(name in call for name, call in zip(*calls))
+            and "".join(texts[0]) == "".join(texts[1])
         ):
-            raise _disagreement(
-                origin, "the row says", str(row), "the model turn is", str(rendering)
+            pair = "the row says", _as_text(said), "the model turn is", _as_text(spans)
+            raise _disagreement(origin, *pair)
+        dropped += len(thoughts[0]) - len(thoughts[1])
+        wishes = {turn.get("train", True) for turn in group}
+        if len(wishes) > 1:
+            raise row_error(
+                f"{origin}: one model turn holds answers with weight 0 and answers with weight 1",
+                "one weight for all assistant turns between two questions",
             )
-        dropped += missing
-        may_train.append(_may_train(group, origin))
+        may_train.append(wishes != {False})
     return may_train if parts is turns else may_train * len(turns), dropped
 
 
@@ -238,13 +216,10 @@ def check_against_generation(
     origin: str,
     tokenizer: Any,
 ) -> None:
-    """Hold the model turns against the tokens that the template marks with `{% generation %}`.
+    """Hold the model turns against `generated`, the template's mask (T) of `{% generation %}`.
 
     Templates differ in whether the end of a turn and its line are marked, and may leave out
     reasoning that is no target; all else must be the same.
-
-    Args:
-        generated: the template's mask (T).
 
     Raises:
         DataError: they differ; with a picture of both.
@@ -264,8 +239,7 @@ def check_against_generation(
 def _groups(messages: Sequence[dict[str, Any]], num_turns: int) -> list[list[dict[str, Any]]]:
     """The assistant messages of each model turn, or all together where that cannot be told.
 
-    A template makes a turn of each message, or one of all messages between two questions, tool
-    results included.
+    A template makes a turn of each message, or of all between two questions.
     """
     singles = [[turn] for turn in messages if turn["role"] == "assistant"]
     runs = groupby(messages, lambda turn: turn["role"] in ("assistant", "tool"))
@@ -276,35 +250,27 @@ def _groups(messages: Sequence[dict[str, Any]], num_turns: int) -> list[list[dic
     return [list(chain(*singles))]
 
 
-def _content_of(messages: list[dict[str, Any]]) -> _Content:
-    content = _Content()
+def _spans_of_row(messages: list[dict[str, Any]]) -> list[Span]:
+    """What messages say, reasoning and the names of called tools included; without tokens."""
+    spans = []
     for turn in messages:
-        if turn.get("reasoning", "").strip():
-            content.thoughts.append(_squash(turn["reasoning"]))
-        content.add(spans_of(turn["content"]))
-        content.calls += [_squash(call["function"]["name"]) for call in turn.get("tool_calls", ())]
-    return content
+        spans += [Span("thought", turn.get("reasoning", ""), 0, 0), *spans_of(turn["content"])]
+        names = [call["function"]["name"] for call in turn.get("tool_calls", ())]
+        spans += [Span("call", name, 0, 0) for name in names]
+    return spans
 
 
-def _may_train(messages: list[dict[str, Any]], origin: str) -> bool:
-    wishes = {turn.get("train", True) for turn in messages}
-    if len(wishes) > 1:
-        raise row_error(
-            f"{origin}: one model turn holds answers with weight 0 and answers with weight 1",
-            "one weight for all assistant turns between two questions",
-            "split the row, or give them one weight",
-        )
-    return wishes != {False}
+def _texts(spans: list[Span], kind: str) -> list[str]:
+    """What spans of a kind hold, without white space."""
+    texts = ["".join(span.text.split()) for span in spans if span.kind == kind]
+    return [text for text in texts if text]
 
 
-def _missing(wanted: list[str], found: list[str]) -> int | None:
-    """How many of the wanted are not found; None where others are found, or out of order."""
-    left = iter(wanted)
-    return len(wanted) - len(found) if all(thought in left for thought in found) else None
-
-
-def _squash(text: str) -> str:
-    return "".join(text.split())
+def _as_text(spans: list[Span]) -> str:
+    thoughts = [f"(thinks {thought})" for thought in _texts(spans, "thought")]
+    calls = [f"(calls {call})" for call in _texts(spans, "call")]
+    words = " ".join(span.text for span in spans if span.kind == "text").split()
+    return " ".join([*thoughts, *calls, *words])
 
 
 def _disagreement(origin: str, left: str, ours: str, right: str, theirs: str) -> DataError:

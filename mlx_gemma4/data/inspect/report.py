@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -57,15 +58,8 @@ def _totals(examples: Examples) -> dict[str, Any]:
 def stats(
     figures: dict[str, Any], splits: Mapping[str, Examples], order: BatchOrder
 ) -> dict[str, Any]:
-    """`counts`, with lengths, duplicates and the first epoch; fit for JSON.
-
-    Args:
-        figures: what `counts` gave.
-        splits: the examples.
-        order: the batches of the training split.
-    """
+    """`figures` of `counts`, with lengths, duplicates and the batches of an epoch; fit for JSON."""
     seen = {name: np.unique(splits[name].digests) for name in figures["splits"]}
-    pairs = (("train", "valid"), ("train", "test"), ("valid", "test"))
     return figures | {
         "splits": {
             name: totals | _lengths(splits[name], seen[name])
@@ -73,8 +67,7 @@ def stats(
         },
         "across_splits": {
             f"{a} and {b}": len(np.intersect1d(seen[a], seen[b], assume_unique=True))
-            for a, b in pairs
-            if a in seen and b in seen
+            for a, b in combinations(seen, 2)
         },
         "epoch": _epoch(order),
     }
@@ -96,7 +89,6 @@ def _lengths(examples: Examples, kinds: np.ndarray) -> dict[str, Any]:
 
 
 def _epoch(order: BatchOrder) -> dict[str, Any]:
-    """Batches of an epoch and the share of padding in them, as `finetune` makes them."""
     batches = order.epoch(0)
     positions = int(order.lengths.sum())
     filled = positions + sum(map(order.padding_of, batches))
@@ -139,10 +131,8 @@ def report(figures: dict[str, Any]) -> str:
     """The summary of `stats`, and below it lengths, duplicates and the epoch."""
     train = figures["splits"]["train"]
     lines = [summary(figures), "", "  tokens an example, train:"]
-    most = max(bin_["examples"] for bin_ in train["histogram"])
-    lower = 0
-    for bin_ in train["histogram"]:
-        count, edge = bin_["examples"], bin_["up_to"]
+    most, lower = max(part["examples"] for part in train["histogram"]), 0
+    for count, edge in ((part["examples"], part["up_to"]) for part in train["histogram"]):
         bar = "█" * -(-count * _BAR // most)
         lines.append(f"  {lower:>6,} - {edge:>6,}  {bar:{_BAR}}  {count:,}")
         lower = edge

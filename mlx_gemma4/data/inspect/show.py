@@ -36,27 +36,18 @@ pre { font: 13px/1.5 ui-monospace, Menlo, Consolas, monospace; overflow-x: auto;
 
 @dataclass(frozen=True)
 class Shown:
-    """An example as pieces of text.
-
-    Attributes:
-        title: which example it is.
-        pieces: (text, whether it is a target, whether it is one special token).
-    """
+    """An example as pieces: (text, whether it is a target, whether it is one special token)."""
 
     title: str
     pieces: tuple[tuple[str, bool, bool], ...]
 
     @classmethod
     def of(cls, example: Example, tokenizer: Any, name: str) -> Shown:
-        """The pieces of an example."""
         if tokenizer is None:
-            raise DataError(
-                "these examples came without a tokenizer",
-                wanted="one, to turn tokens into text",
-                do="read the rows with mlx_gemma4.read",
-            )
-        special = np.isin(example.tokens, sorted(tokenizer.all_special_ids))
-        special |= np.isin(example.tokens, sorted(tokenizer.added_tokens_decoder))
+            do = "read the rows with mlx_gemma4.read"
+            raise DataError("these examples came without a tokenizer", wanted="one", do=do)
+        known = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+        special = np.isin(example.tokens, sorted(known))
         kinds = np.stack([example.mask, special], 1)
         cuts = np.flatnonzero((kinds[1:] != kinds[:-1]).any(1) | special[1:]) + 1
         pieces = []
@@ -93,8 +84,6 @@ class Shown:
     def __repr__(self) -> str:
         return self.text()
 
-    __str__ = __repr__
-
     def _repr_html_(self) -> str:
         return f"<style>{_STYLE}</style>{self.html()}"
 
@@ -103,10 +92,6 @@ def page(figures: dict[str, Any], shown: Iterable[Shown]) -> str:
     """The report as an HTML page, with examples.
 
     It needs nothing from elsewhere, holds no script, and forbids its browser to fetch or run any.
-
-    Args:
-        figures: what `stats` gave.
-        shown: the examples.
     """
     told = html.escape(report(figures).translate(_CONTROLS))
     return f"""<!doctype html>

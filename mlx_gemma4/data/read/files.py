@@ -25,8 +25,7 @@ _NAME = re.compile(
     rf"({'|'.join(SPLIT_NAMES)})(?:[-_.]\d[\w-]*)?"
     r"\.(jsonl|ndjson|json|csv|tsv|parquet)((?:\.gz|\.zst)?)"
 )
-_MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
-_ENDINGS = {"gzip": ".gz", "zstd": ".zst", "": ""}
+_MAGIC = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst"}
 _WANTED = "rows as JSONL, JSON, CSV or Parquet, in UTF-8, also .gz or .zst"
 
 
@@ -35,9 +34,8 @@ class DataFile:
     """A file of rows.
 
     Attributes:
-        path: where it lies.
         kind: "jsonl", "json", "csv" or "parquet".
-        compression: "gzip", "zstd" or "".
+        compression: ".gz", ".zst" or "".
     """
 
     path: Path
@@ -49,7 +47,7 @@ class DataFile:
     @property
     def label(self) -> str:
         """The kind as a file ending: "jsonl.gz"."""
-        return self.kind + _ENDINGS[self.compression]
+        return self.kind + self.compression
 
     @property
     def place(self) -> str:
@@ -63,7 +61,6 @@ class DataFile:
 
     @property
     def size(self) -> int:
-        """Bytes on disk."""
         return self.path.stat().st_size
 
     def fingerprint(self) -> str:
@@ -76,21 +73,17 @@ class DataFile:
         Raises:
             DataError: the file as a whole cannot be read on.
         """
+        readers = {"jsonl": lines, "json": json_values, "csv": csv_rows, "parquet": parquet_rows}
         try:
-            if self.kind == "parquet":
-                yield from parquet_rows(self.path)
-                return
-            reader = {"jsonl": lines, "json": json_values, "csv": csv_rows}[self.kind]
             with self.open() as stream:
-                yield from reader(stream, self.place)
+                yield from readers[self.kind](stream, self.place)
         except (OSError, EOFError, csv.Error) as error:
             raise _unreadable(self.path, error) from None
 
     def open(self) -> IO[bytes]:
-        """The bytes of the file, decompressed."""
-        if self.compression == "gzip":
+        if self.compression == ".gz":
             return gzip.open(self.path, "rb")  # type: ignore[return-value]
-        if self.compression == "zstd":
+        if self.compression == ".zst":
             import pyarrow
 
             source = pyarrow.OSFile(str(self.path))
@@ -117,9 +110,8 @@ class DataFile:
         if kind == "parquet" and compression:
             kind = "a compressed Parquet file"
         if kind not in ("jsonl", "json", "csv", "parquet"):
-            raise DataError(
-                f"{path} is {kind}", wanted=_WANTED, do="convert the file, or name another"
-            )
+            do = "convert the file, or name another"
+            raise DataError(f"{path} is {kind}", wanted=_WANTED, do=do)
         return cls(path, kind, compression)
 
 
@@ -142,7 +134,6 @@ def _kind(head: bytes, suffix: str) -> str:
 
 
 def _unreadable(path: Path, error: Exception) -> DataError:
-    """The error for a file that fails while it is read."""
     return DataError(f"cannot read {path}: {error}", wanted=_WANTED, do="check the file")
 
 
@@ -177,7 +168,7 @@ def find_files(source: str | Path) -> dict[str, list[DataFile]]:
             do="check the path given as data",
         )
     found: dict[str, list[Path]] = {split: [] for split in SPLITS}
-    endings: dict[str, set[str]] = {split: set() for split in SPLITS}
+    forms: dict[str, set[str]] = {split: set() for split in SPLITS}
     try:
         names = sorted(path.name for path in source.iterdir())
     except OSError as error:
@@ -186,19 +177,18 @@ def find_files(source: str | Path) -> dict[str, list[DataFile]]:
         if (match := _NAME.fullmatch(name)) and not (source / name).is_dir():
             split = SPLIT_NAMES[match[1]]
             found[split].append(source / name)
-            endings[split].add(match[1] + "." + match[2] + match[3])
+            forms[split].add(match.expand(r"\1\2\3"))
     if not found["train"]:
-        there = ", ".join(names[:10]) or "nothing"
         raise DataError(
-            f"{source} has no train.jsonl; it holds {there}",
+            f"{source} has no train.jsonl; it holds {', '.join(names[:10]) or 'nothing'}",
             wanted="train.jsonl (.json, .csv, .parquet), and if you have them valid and test",
             do="rename the file, or name the file itself as data",
         )
-    for split, forms in endings.items():
-        if len(forms) > 1:
+    for split, paths in found.items():
+        if len(forms[split]) > 1:
+            several = listing(path.name for path in paths)
             raise DataError(
-                f"{source} has the {split} split in several forms:"
-                + listing(path.name for path in found[split]),
+                f"{source} has the {split} split in several forms:{several}",
                 wanted="one form of each split",
                 do="remove those that are not meant",
             )

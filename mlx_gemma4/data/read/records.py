@@ -12,7 +12,6 @@ import json
 import re
 from collections.abc import Iterator
 from itertools import chain
-from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from ...errors import DataError
@@ -54,17 +53,16 @@ def record_of(raw: Raw, origin: str) -> dict[str, Any]:
         DataError: a row that is too long, not UTF-8, not JSON or no object, or a CSV line with
             more or fewer cells than the first.
     """
-    if isinstance(raw, bytes):
-        raw = _parsed(raw, origin)
-    elif isinstance(raw, Cells):
+    if isinstance(raw, Cells):
         if len(raw.cells) != len(raw.names):
             wanted = f"{len(raw.names)}, as the first line: {', '.join(raw.names)}"
             raise row_error(f"{origin} has {len(raw.cells)} cells", wanted)
         return dict(zip(*raw))
-    if not isinstance(raw, dict):
-        kind = type(raw).__name__
+    value = _parsed(raw, origin) if isinstance(raw, bytes) else raw
+    if not isinstance(value, dict):
+        kind = type(value).__name__
         raise row_error(f"{origin} is of type {kind}", "an object with the fields of a row")
-    return raw
+    return value
 
 
 def without_nulls(value: Any) -> Any:
@@ -101,13 +99,13 @@ def json_values(stream: IO[bytes], place: str) -> Iterator[tuple[int, Any]]:
             more = text.peek() == ","
             text.at += more
         if text.peek() != "]":
-            raise text.error(ValueError("no comma or ']' behind a value"))
+            raise text.error("no comma or ']' behind a value")
         text.at += 1
     else:
         while text.peek():
             yield text.value()
     if text.peek():
-        raise text.error(ValueError("text after the last value"))
+        raise text.error("text after the last value")
 
 
 def csv_rows(stream: IO[bytes], place: str) -> Iterator[tuple[int, Cells]]:
@@ -118,35 +116,27 @@ def csv_rows(stream: IO[bytes], place: str) -> Iterator[tuple[int, Cells]]:
     delimiter = next((d for d in ",\t;" if d in header), ",")
     names = next(csv.reader([header], delimiter=delimiter), [])
     if any(not name.strip() for name in names) or len(set(names)) < len(names):
-        raise row_error(
-            f"{place}1 has the columns {', '.join(map(repr, names))}",
-            "a first line that names every column, each once",
-            "mend the first line",
-        )
+        found = f"{place}1 has the columns {', '.join(map(repr, names))}"
+        raise row_error(found, "a first line that names every column, each once")
     reader = csv.reader(text, delimiter=delimiter, strict=True)
-    while True:
-        number = reader.line_num + 2
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            raise row_error(
-                f"{place}{number} is not CSV: {error}",
-                'cells with commas, quotes or line ends in "quotes"',
-                "mend the line",
-            ) from None
-        if cells:
-            yield number, Cells(names, cells)
+    number = 2
+    try:
+        for cells in reader:
+            if cells:
+                yield number, Cells(names, cells)
+            number = reader.line_num + 2
+    except csv.Error as error:
+        wanted = 'cells with commas, quotes or line ends in "quotes"'
+        raise row_error(f"{place}{number} is not CSV: {error}", wanted) from None
 
 
-def parquet_rows(path: Path) -> Iterator[tuple[int, dict]]:
+def parquet_rows(stream: IO[bytes], place: str) -> Iterator[tuple[int, dict]]:
     """The rows of a Parquet file, counted from 1."""
     import pyarrow
     from pyarrow import parquet
 
     try:
-        with parquet.ParquetFile(path) as table:
+        with parquet.ParquetFile(stream) as table:
             batches = table.iter_batches(batch_size=1000)
             rows = chain.from_iterable(batch.to_pylist() for batch in batches)
             yield from enumerate(map(without_nulls, rows), 1)
@@ -162,21 +152,16 @@ def _parsed(line: bytes, origin: str) -> Any:
         raise row_error(
             f"{origin} is longer than {_MOST_BYTES // 1_000_000} MB",
             "one row a line, each shorter than the model's context",
-            "split the text into rows, or check the line ends",
         )
     try:
         return _DECODER.decode(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise row_error(
-            f"{origin} is not UTF-8: {error}",
-            "text in UTF-8",
-            "save the file as UTF-8, or remove the line",
-        ) from None
+        raise row_error(f"{origin} is not UTF-8: {error}", "text in UTF-8") from None
     except (ValueError, RecursionError) as error:
         raise _not_json(origin, error) from None
 
 
-def _not_json(origin: str, error: Exception) -> DataError:
+def _not_json(origin: str, error: Exception | str) -> DataError:
     told = "nested too deep" if isinstance(error, RecursionError) else str(error)
     if isinstance(error, json.JSONDecodeError):
         told = f"{error.msg}, column {error.colno}"
@@ -212,7 +197,7 @@ class _JsonText:
     def value(self) -> tuple[int, Any]:
         """(line, value); of a value over the limit its text, which is over it too."""
         if not self.peek():
-            raise self.error(ValueError("the file ends within a value"))
+            raise self.error("the file ends within a value")
         while True:
             try:
                 value, end = _DECODER.raw_decode(self._text, self.at)
@@ -227,10 +212,10 @@ class _JsonText:
                 value = self._text[start:end].encode("utf-8", "surrogateescape")
             return line, value
 
-    def error(self, error: Exception) -> DataError:
+    def error(self, error: Exception | str) -> DataError:
         """What is wrong, with the line that it stands on."""
         line = self._line
         if isinstance(error, json.JSONDecodeError):
             line += self._text.count("\n", self.at, error.pos)
-            error = ValueError(error.msg)
+            error = error.msg
         return _not_json(f"{self._place}{line}", error)

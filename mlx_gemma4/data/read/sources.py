@@ -8,119 +8,62 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from ...config import DataConfig
 from ...errors import ConfigError, DataError
-from .files import SPLIT_NAMES, find_files, hash_file
+from .files import SPLIT_NAMES, DataFile, find_files, hash_file
 from .records import Raw, without_nulls
 
 __all__ = ["Input", "Source", "find_sources"]
 
-Paths = str | Path | Sequence[str | Path] | Mapping[str, float]
 Input = Any
-"""`Paths`, or rows: a list of dicts, a `datasets.Dataset`, or a dict of such by split."""
+"""Paths or Hub ids: one, several, or a dict of their weights. Or rows: a list of dicts, a
+`datasets.Dataset`, or a dict of such by split."""
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(?<!\.jsonl)(?<!\.json)(?<!\.csv)(?<!\.parquet)")
 
 
-class Source(Protocol):
-    """Where the rows of a split come from: a `DataFile`, a `HubSplit`, or `MemoryRows`.
-
-    Attributes:
-        label: what it is, for the summary: "jsonl.gz", "hub", "rows".
-        place: what stands before a row's number in messages.
-        folder: where paths of images and audio begin.
-        size: bytes of all rows; 0 where that is not known.
-        count: how many rows there are; None where that is not known.
-    """
-
-    @property
-    def label(self) -> str: ...
-    @property
-    def place(self) -> str: ...
-    @property
-    def folder(self) -> Path | None: ...
-    @property
-    def size(self) -> int: ...
-    @property
-    def count(self) -> int | None: ...
-
-    def records(self) -> Iterator[tuple[int, Raw]]:
-        """(number, raw row) of every row."""
-        ...
-
-    def fingerprint(self) -> str | None:
-        """Changes with the content; None for rows whose tokens are not cached."""
-        ...
-
-
 @dataclass(frozen=True)
-class HubSplit:
-    """One split of a Hub dataset; its rows stay in Arrow files until they are read.
+class Table:
+    """Rows that the caller has, or a split of a Hub dataset, which stays in Arrow files.
 
     Attributes:
-        name: "owner/name[train]".
-        table: the `datasets.Dataset`.
+        place: what stands before a row's number in messages: "rows[", "owner/name[train]:row ".
+        rows: a sequence of dicts, or a `datasets.Dataset`.
+        label: what it is, for the summary: "rows" or "hub".
     """
 
-    name: str
-    table: Any
+    place: str
+    rows: Any
+    label: str = "rows"
 
-    label = "hub"
     folder = None
-
-    @property
-    def place(self) -> str:
-        return f"{self.name}:row "
 
     @property
     def size(self) -> int:
-        return self.table.data.nbytes
-
-    @property
-    def count(self) -> int:
-        return len(self.table)
-
-    def records(self) -> Iterator[tuple[int, Raw]]:
-        return enumerate(_rows_of_table(self.table), 1)
-
-    def fingerprint(self) -> str:
-        digest = hashlib.sha256(f"{self.name} {len(self.table)}".encode())
-        for file in self.table.cache_files:
-            digest.update(hash_file(Path(file["filename"])).encode())
-        return digest.hexdigest()
-
-
-@dataclass(frozen=True)
-class MemoryRows:
-    """Rows that the caller has: a sequence of dicts, or a `datasets.Dataset`. Never cached.
-
-    Attributes:
-        name: "rows", or "rows['valid']" of a dict of splits.
-        rows: the rows; a row's number is its index.
-    """
-
-    name: str
-    rows: Any
-
-    label = "rows"
-    folder = None
-    size = 0
-
-    @property
-    def place(self) -> str:
-        return f"{self.name}["
+        """Bytes of all rows; 0 for those of the caller."""
+        return self.rows.data.nbytes if self.label == "hub" else 0
 
     @property
     def count(self) -> int:
         return len(self.rows)
 
     def records(self) -> Iterator[tuple[int, Raw]]:
-        return enumerate(_rows_of_table(self.rows) if _is_table(self.rows) else self.rows)
+        """(number, raw row) of every row; those of the caller are counted from 0."""
+        rows = _rows_of_table(self.rows) if _is_table(self.rows) else self.rows
+        return enumerate(rows, 1 if self.label == "hub" else 0)
 
-    def fingerprint(self) -> None:
-        return None
+    def fingerprint(self) -> str | None:
+        """Changes with the content; None for the caller's rows, whose tokens are not cached."""
+        if self.label != "hub":
+            return None
+        files = [hash_file(Path(file["filename"])) for file in self.rows.cache_files]
+        return hashlib.sha256("\0".join([str(self.count), *files]).encode()).hexdigest()
+
+
+Source = DataFile | Table
+"""Where the rows of a split come from."""
 
 
 def find_sources(
@@ -132,21 +75,24 @@ def find_sources(
         ConfigError: a weight that is none, or nothing given.
         DataError: a file or dataset that is not there, or no training rows.
     """
-    splits = _splits_of_rows(given)
-    if splits is not None:
-        return {"rows": 1.0}, [splits]
+    if _are_rows(given):
+        return {"rows": 1.0}, [{"train": [Table("rows[", given)]}]
+    if isinstance(given, Mapping) and any(map(_are_rows, given.values())):
+        return {"rows": 1.0}, [_splits_of_rows(given)]
+    if not isinstance(given, (str, Path, Sequence, Mapping)):
+        raise DataError(
+            f"data is a {type(given).__name__}",
+            wanted="paths, a Hub id, a list of dicts, a datasets.Dataset, or a dict of splits",
+            do="make a list of the rows",
+        )
     mix = parse_mix(given)
     return mix, [_splits_of(name, config) for name in mix]
-
-
-def _splits_of(name: str, config: DataConfig) -> Mapping[str, Sequence[Source]]:
-    return find_splits(name, config) if is_hub_source(name, config) else find_files(name)
 
 
 # ---------------------------------------------------------------- paths and their weights
 
 
-def parse_mix(source: Paths) -> dict[str, float]:
+def parse_mix(source: Input) -> dict[str, float]:
     """Paths or Hub ids, and their weights.
 
     >>> parse_mix("chat.jsonl=2, code.parquet")
@@ -180,6 +126,17 @@ def _weight(source: str | Path) -> tuple[str, float]:
         return text, 1.0
 
 
+def _splits_of(source: str, config: DataConfig) -> Mapping[str, Sequence[Source]]:
+    """Of a Hub id, or a folder of which a configuration or split is asked for, by `datasets`."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        if config.dataset_config or config.dataset_split:
+            return _splits_of_dataset(source, str(path), config)
+    elif not path.exists() and _ID.fullmatch(source):
+        return _splits_of_dataset(source, source, config)
+    return find_files(source)
+
+
 # ---------------------------------------------------------------- rows in memory
 
 
@@ -195,18 +152,14 @@ def _rows_of_table(table: Any) -> Iterator[dict]:
         yield from map(without_nulls, part.to_pylist())
 
 
-def _splits_of_rows(given: Any) -> dict[str, list[Source]] | None:
-    """The splits of rows in memory; None for paths."""
-    if _are_rows(given):
-        return {"train": [MemoryRows("rows", given)]}
-    if not isinstance(given, Mapping) or not any(_are_rows(rows) for rows in given.values()):
-        if isinstance(given, (str, Path, Sequence, Mapping)):
-            return None
-        raise DataError(
-            f"data is a {type(given).__name__}",
-            wanted="paths, a Hub id, a list of dicts, a datasets.Dataset, or a dict of splits",
-            do="make a list of the rows",
-        )
+def _are_rows(given: Any) -> bool:
+    if _is_table(given):
+        return True
+    is_list = isinstance(given, Sequence) and not isinstance(given, (str, bytes))
+    return is_list and len(given) > 0 and isinstance(given[0], Mapping)
+
+
+def _splits_of_rows(given: Mapping[str, Any]) -> dict[str, list[Source]]:
     found: dict[str, list[Source]] = {}
     for name, rows in given.items():
         if name not in SPLIT_NAMES or not (_are_rows(rows) or rows == []):
@@ -216,71 +169,39 @@ def _splits_of_rows(given: Any) -> dict[str, list[Source]] | None:
                 do="rename the split, or leave it out",
             )
         if rows:
-            found[SPLIT_NAMES[name]] = [MemoryRows(f"rows[{name!r}]", rows)]
-    if "train" not in found:
-        raise DataError(
-            f"the rows hold the splits {', '.join(given)}, and no row to train on",
-            wanted="a split of the name train, with rows",
-            do="name the training rows train",
-        )
-    return found
+            found[SPLIT_NAMES[name]] = [Table(f"rows[{name!r}][", rows)]
+    return _with_train(
+        found, f"the rows hold the splits {', '.join(given)}, and no row to train on"
+    )
 
 
-def _are_rows(given: Any) -> bool:
-    if _is_table(given):
-        return True
-    is_list = isinstance(given, Sequence) and not isinstance(given, (str, bytes))
-    return is_list and len(given) > 0 and isinstance(given[0], Mapping)
+def _with_train(splits: dict[str, list[Source]], found: str) -> dict[str, list[Source]]:
+    if "train" not in splits:
+        do = "name the training rows train, or set dataset_split"
+        raise DataError(found, wanted="a split of the name train", do=do)
+    return splits
 
 
 # ---------------------------------------------------------------- the Hub
 
 
-def is_hub_source(source: str, config: DataConfig) -> bool:
-    """Whether `datasets` is to read it: a Hub id, or a folder that asks for a config or split."""
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return bool(config.dataset_config or config.dataset_split)
-    return not path.exists() and _ID.fullmatch(source) is not None
-
-
-def find_splits(source: str, config: DataConfig) -> dict[str, list[HubSplit]]:
-    """The train, valid and test splits of a dataset.
-
-    Args:
-        source: a Hub id, or a folder with data files and a README.md as on the Hub.
-        config: its dataset_config and dataset_split.
-
-    Raises:
-        DataError: no such dataset, configuration or split; or no `train` among its splits.
-    """
+def _splits_of_dataset(name: str, source: str, config: DataConfig) -> dict[str, list[Source]]:
     import datasets
     from datasets.exceptions import DatasetsError
 
-    path = Path(source).expanduser()
+    part = config.dataset_split
     try:
-        loaded = datasets.load_dataset(
-            str(path) if path.is_dir() else source,
-            config.dataset_config,
-            split=config.dataset_split,
-        )
+        loaded = datasets.load_dataset(source, config.dataset_config, split=part)
     except (OSError, ValueError, KeyError, DatasetsError) as error:
         raise DataError(
-            f"the dataset {source} cannot be loaded: {' '.join(str(error).split())}",
+            f"the dataset {name} cannot be loaded: {' '.join(str(error).split())}",
             wanted="a path on this machine, or the id of a Hub dataset with its configuration",
             do="check the name, dataset_config, dataset_split, and the connection",
         ) from None
-    if config.dataset_split:
-        return {"train": [HubSplit(f"{source}[{config.dataset_split}]", loaded)]}
-    found = {
-        SPLIT_NAMES[name]: [HubSplit(f"{source}[{name}]", table)]
-        for name, table in loaded.items()
-        if name in SPLIT_NAMES
+    tables = {"train": loaded} if part else loaded
+    splits: dict[str, list[Source]] = {
+        SPLIT_NAMES[split]: [Table(f"{name}[{part or split}]:row ", table, "hub")]
+        for split, table in tables.items()
+        if split in SPLIT_NAMES
     }
-    if "train" not in found:
-        raise DataError(
-            f"the dataset {source} has the splits {', '.join(loaded)}",
-            wanted="one of the name train",
-            do="name the split to train on: dataset_split",
-        )
-    return found
+    return _with_train(splits, f"the dataset {name} has the splits {', '.join(tables)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -29,11 +29,9 @@ class Store:
     Attributes:
         tokens: all tokens, one example after the other; the highest bit marks a target.
         starts: where each example begins, and the end of the last: one more than examples.
-        numbers: the line or row that each was read from.
+        numbers: the line or row that each was read from, after `place`.
         targets: how many tokens of each are targets.
         digests: 64 bits of each example's content; equal examples have equal digests.
-        place: what stands before a number in an origin.
-        facts: what was seen while reading.
         origins: where each was read, for examples that were made elsewhere.
     """
 
@@ -91,10 +89,8 @@ class StoreWriter:
         targets = encoded.tokens >= TARGET_BIT
         targets[starts] = False  # nothing stands before a first token
         sums = np.concatenate([[0], np.cumsum(targets)])
-        digests = [
-            hashlib.blake2b(raw[4 * a : 4 * b], digest_size=8).digest()
-            for a, b in zip(starts.tolist(), ends.tolist())
-        ]
+        places = zip((4 * starts).tolist(), (4 * ends).tolist())
+        digests = [hashlib.blake2b(raw[a:b], digest_size=8).digest() for a, b in places]
         columns = {
             "starts": encoded.lengths,
             "numbers": encoded.numbers,
@@ -122,13 +118,10 @@ class StoreWriter:
 
 
 class Examples(Sequence[Example]):
-    """A split: examples of one or more stores, in any order, each any number of times.
-
-    An example is made when it is asked for.
+    """A split: examples of one or more stores, each made when it is asked for.
 
     Args:
-        stores: where they lie.
-        order: positions in the stores, counted through; by default all, as they come.
+        order: positions in the stores, counted through, any number of times; by default all.
 
     >>> import numpy as np
     >>> from mlx_gemma4.data.example import Example
@@ -169,10 +162,6 @@ class Examples(Sequence[Example]):
         position = self.order[index]
         store = int(np.searchsorted(self._firsts, position, "right")) - 1
         return self.stores[store][int(position - self._firsts[store])]
-
-    def __iter__(self) -> Iterator[Example]:
-        for index in range(len(self)):
-            yield self[index]
 
     @cached_property
     def lengths(self) -> np.ndarray:

@@ -52,12 +52,8 @@ def cached(key: str, build: Callable[[Path], Any]) -> Path:
     """The folder of a key in the cache, built if it is not there or not whole.
 
     A second process that wants the same key waits and then finds it. A build that ends early,
-    killed or not, leaves nothing that is taken for whole; the next one clears it away.
-
-    Args:
-        key: what the content depends on.
-        build: writes the content into the folder it is given, with a FACTS_FILE that tells the
-            size of every other file.
+    killed or not, leaves nothing that is taken for whole. `build` writes into the folder it is
+    given, with a FACTS_FILE that tells the size of every other file.
 
     Raises:
         DataError: the cache cannot be written.

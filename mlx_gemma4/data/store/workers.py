@@ -25,23 +25,14 @@ from ..example import Encoded
 __all__ = ["Workers", "cores"]
 
 
-class Workers:
-    """Processes that encode chunks; results come in the order of the chunks.
-
-    Args:
-        task: sent to each process once.
-        count: how many; by default one per core.
-    """
+class Workers(contextlib.AbstractContextManager):
+    """Processes, by default one per core, that encode chunks; results come in their order."""
 
     def __init__(self, task: Task, count: int | None = None):
-        self._task = task
-        self._count = count or cores()
+        self._task, self._count = task, count or cores()
         self._own = threading.local()
         self._processes: list[subprocess.Popen[bytes]] = []
         self._threads: ThreadPoolExecutor | None = None
-
-    def __enter__(self) -> Workers:
-        return self
 
     def __exit__(self, *_: object) -> None:
         for process in self._processes:

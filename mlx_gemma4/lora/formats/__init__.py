@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .format import Adapter, Format, Library
+from .format import Adapter
 from .mlx_lm import MlxLm
 from .mlx_vlm import MlxVlm, MlxVlmLegacy
 from .peft import Peft
 
-__all__ = ["ADAPTERS", "Adapter", "Format", "Library", "format_of"]
+__all__ = ["ADAPTERS", "Adapter", "Format", "format_of"]
+
+Format = MlxLm | Peft
 
 ADAPTERS: dict[str, Format] = {
     format.name: format for format in (MlxLm(), MlxVlm(), MlxVlmLegacy(), Peft(), Peft(causal=True))

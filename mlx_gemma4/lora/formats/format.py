@@ -1,6 +1,11 @@
-"""What a format of adapters is: how it is recognised, read, written, and proved by its library.
+"""What every format of adapters reads and writes.
 
-Shapes: T tokens, V vocabulary.
+A format has: name and file, use (how to load one from the Hub: a template of base, repo and
+architecture), recognises(config), read(stored) -> Read, write(adapter) -> Files, readme(adapter),
+and its library, which has: packages to install (the last one names it), unfit() (why the installed
+version cannot judge an adapter; empty if it can), load(base), attach(model, adapter folder),
+logits(model, tokens_T) (T, V) in float32, and holds(model), its tensors by the file's names.
+read and write raise AdapterError where the other side has no place for a setting.
 """
 
 from __future__ import annotations
@@ -8,11 +13,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
 from ...config import LoraConfig
 from ...model.names import is_dead, text_prefix
@@ -23,8 +27,6 @@ __all__ = [
     "CONFIG",
     "Adapter",
     "Files",
-    "Format",
-    "Library",
     "Read",
     "Stored",
     "alpha_of",
@@ -92,71 +94,6 @@ class Read(NamedTuple):
     lora: LoraConfig | None
     modules: list[Module]
     tensors: dict[str, mx.array]
-
-
-class Library(Protocol):
-    """The library that an export is for, used as its users would.
-
-    Attributes:
-        packages: what has to be installed; the last one names it.
-    """
-
-    packages: tuple[str, ...]
-
-    def unfit(self) -> str:
-        """Why the installed version cannot judge an adapter of this format; empty if it can."""
-
-    def load(self, base: Path) -> Any:
-        """The library's model of a checkpoint folder."""
-
-    def attach(self, model: Any, adapter: Path) -> Any:
-        """The model with an adapter folder on it."""
-
-    def logits(self, model: Any, tokens_T: list[int]) -> np.ndarray:
-        """Logits (T, V), float32."""
-
-    def holds(self, model: Any) -> dict[str, mx.array]:
-        """The adapter's tensors as the model holds them, by the names of the file, and others."""
-
-
-class Format(Protocol):
-    """A layout of adapter folders.
-
-    Attributes:
-        name: as `--format` takes it.
-        file: where the tensors lie.
-        metadata: of that file.
-        library: the one that it is for.
-        hub_library: the name by which the Hub knows that library.
-        use: how an adapter on the Hub is loaded; a template of base, repo and architecture.
-    """
-
-    name: str
-    file: str
-    metadata: Mapping[str, str]
-    library: Library
-    hub_library: str
-    use: str
-
-    def recognises(self, config: Mapping[str, Any]) -> bool:
-        """Whether an adapter_config.json is of this format."""
-
-    def read(self, stored: Stored) -> Read:
-        """An adapter under our names.
-
-        Raises:
-            AdapterError: a config that cannot be honoured.
-        """
-
-    def write(self, adapter: Adapter) -> Files:
-        """The adapter's files.
-
-        Raises:
-            AdapterError: the format has no place for it.
-        """
-
-    def readme(self, adapter: Adapter) -> str | None:
-        """README.md for people who find the folder; None for no such file."""
 
 
 def alpha_of(scale: float, rank: int, rslora: bool) -> float:

@@ -332,12 +332,12 @@ def _stacked_targets(
 ) -> dict[Module, tuple[int, ...]]:
     """The targeted expert parameters, (layer, `experts.gate_up_proj`), with their shapes."""
     words = config.get("target_parameters") or []
-    found = {}
-    for index in sorted({index for index, path in shapes if path in EXPERTS}):
-        for parameter, shape in stacked_shapes(backbone, index).items():
-            if _names(words, f"{outer}layers.{index}.experts.{parameter}"):
-                found[index, f"experts.{parameter}"] = shape
-    return found
+    return {
+        (index, f"experts.{parameter}"): shape
+        for index in sorted({index for index, path in shapes if path in EXPERTS})
+        for parameter, shape in stacked_shapes(backbone, index).items()
+        if _names(words, f"{outer}layers.{index}.experts.{parameter}")
+    }
 
 
 def _stacked_names(layer: str, parameters: list[str]) -> dict[str, str]:
