@@ -83,7 +83,7 @@ class Dataset:
         return iter(self.train)
 
     def show(self, index: int = 0, split: str = "train") -> Shown:
-        """An example for the eye: targets are marked, special tokens are visible.
+        """An example to look at: targets are marked, special tokens are visible.
 
         A notebook displays it in colour; `print` works everywhere.
 

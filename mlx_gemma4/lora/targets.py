@@ -9,7 +9,7 @@ import mlx.nn as nn
 
 from ..config import LoraConfig
 from ..errors import AdapterError
-from ..model.names import text_model, text_prefix
+from ..model.names import EXPERTS, Module, is_meant, text_model, text_prefix
 
 __all__ = [
     "EXPERTS",
@@ -24,16 +24,8 @@ __all__ = [
     "settings_of",
 ]
 
-Module = tuple[int, str]
-"""A module that LoRA can adapt: layer index, and path within the layer."""
-
-_SHORT = {
-    **{name: f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")},
-    **{name: f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")},
-}
 PARTS = ("lora_a", "lora_b", "m")
 """The tensors of an adapted module: LoRA's two, and DoRA's magnitudes."""
-EXPERTS = tuple(f"experts.switch_glu.{name}" for name in ("gate_proj", "up_proj", "down_proj"))
 
 
 def resolve_targets(backbone: nn.Module, config: LoraConfig) -> list[Module]:
@@ -131,14 +123,6 @@ def keys_of(modules: Sequence[Module], backbone: nn.Module, num_layers: int) -> 
     if meant == set(modules):
         return sorted(paths)
     return [module_name(backbone, module) for module in modules]
-
-
-def is_meant(module: Module, word: str) -> bool:
-    """Whether a word of lora_targets or a pattern means a module."""
-    index, path = module
-    if word == "experts":
-        return path in EXPERTS
-    return _SHORT.get(word, word) in (path, f"layers.{index}.{path}")
 
 
 def _weight_shape(module: Any) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import re
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -150,14 +151,12 @@ def fit_settings(
 
 def _fewest_layers(plan: Plan, memory: float, settings: StepSettings) -> StepSettings:
     """The settings with the fewest rematerialised layers that fit; with all where none does."""
-    low, high = 0, len(plan.layers)
-    while low < high:
-        middle = (low + high) // 2
-        if _needed(plan, replace(settings, remat_layers=middle)) <= memory:
-            high = middle
-        else:
-            low = middle + 1
-    return replace(settings, remat_layers=high)
+
+    def fits(number: int) -> bool:
+        return _needed(plan, replace(settings, remat_layers=number)) <= memory
+
+    fewest = bisect_left(range(len(plan.layers)), True, key=fits)
+    return replace(settings, remat_layers=fewest)
 
 
 def _needed(plan: Plan, settings: StepSettings) -> float:

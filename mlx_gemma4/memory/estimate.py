@@ -26,6 +26,7 @@ import mlx.core as mx
 
 from ..config import LoraConfig
 from ..errors import AdapterError, ConfigError
+from ..model.names import EXPERTS, is_meant
 from ..model.plan import LayerPlan, Plan
 from ..nn.attention import _AUTO_BYTES, _queries_of_a_block
 from ..nn.forward import _LEAST_POSITIONS, _PIECE_BYTES
@@ -40,8 +41,6 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 MOMENTS = {"adam": 2, "adamw": 2, "lion": 1, "muon": 1, "sgd": 1, "adafactor": 0}
 """Arrays that an optimizer of MLX keeps of the size of each trained one, in that one's dtype. SGD
 makes its velocity without momentum too; Adafactor keeps a row and a column of a matrix."""
-
-_EXPERTS = tuple(f"experts.switch_glu.{name}_proj" for name in ("gate", "up", "down"))
 
 _ADAPTER_BYTES = 4
 """Adapters are float32 whatever the weights are, and so is what they read."""
@@ -234,7 +233,7 @@ def _modules(plan: Plan, layer: LayerPlan) -> dict[str, tuple[int, ...]]:
         shapes["per_layer_projection"] = (D, plan.ple.width)
     if plan.moe:
         E, W = plan.moe.num_experts, plan.moe.width
-        shapes |= dict(zip(_EXPERTS, [(E, W, D), (E, W, D), (E, D, W)]))
+        shapes |= dict(zip(EXPERTS, [(E, W, D), (E, W, D), (E, D, W)]))
     return shapes
 
 
@@ -261,7 +260,7 @@ def _adapters(plan: Plan, layer: LayerPlan, s: StepSettings) -> dict[str, int]:
     for path, shape in modules.items():
         if s.lora.num_layers >= 0 and layer.index < len(plan.layers) - s.lora.num_layers:
             continue
-        if any(_is_meant(layer.index, path, word) for word in s.lora.targets):
+        if any(is_meant((layer.index, path), word) for word in s.lora.targets):
             *experts, out, into = shape
             rank = _rank(s.lora, layer.index, path)
             values = math.prod(experts) * rank * (out + into) + (out if s.lora.use_dora else 0)
@@ -279,7 +278,7 @@ def _check_targets(plan: Plan, lora: LoraConfig) -> None:
     known = {(layer.index, path) for layer in plan.layers for path in _modules(plan, layer)}
     known |= {(layer.index, "router.proj") for layer in plan.layers if plan.moe}
     for word in lora.targets:
-        if not any(_is_meant(index, path, word) for index, path in known):
+        if not any(is_meant((index, path), word) for index, path in known):
             raise AdapterError(
                 f"LoRA target {word!r} matches no module of the layers",
                 wanted="one of " + ", ".join(sorted({path for _, path in known})),
@@ -287,16 +286,9 @@ def _check_targets(plan: Plan, lora: LoraConfig) -> None:
             )
 
 
-def _is_meant(index: int, path: str, word: str) -> bool:
-    """Whether a word of lora_targets or a pattern means a module (as lora/targets.py reads it)."""
-    if word == "experts":
-        return path in _EXPERTS
-    return word in (path, f"layers.{index}.{path}") or path in (f"self_attn.{word}", f"mlp.{word}")
-
-
 def _rank(lora: LoraConfig, index: int, path: str) -> int:
     ranks = (lora.rank_pattern or {}).items()
-    return next((rank for word, rank in ranks if _is_meant(index, path, word)), lora.rank)
+    return next((rank for word, rank in ranks if is_meant((index, path), word)), lora.rank)
 
 
 # ---------------------------------------------------------------- what a step takes
@@ -437,7 +429,7 @@ def _kept(plan: Plan, layer: LayerPlan, s: StepSettings, *, mlp: bool = True) ->
             kept += product(plan.ple.width, "per_layer_projection") + norm(D)
         if plan.moe:
             k, W = plan.moe.top_k, plan.moe.width
-            kept += product(k * D, *_EXPERTS[:2]) + product(k * W, _EXPERTS[2])
+            kept += product(k * D, *EXPERTS[:2]) + product(k * W, EXPERTS[2])
             kept += x * k * (_EXPERT_GELU * W + D)  # the activation, and each expert's output
             kept += 2 * norm(D) + product(D, "router.proj") + full * 2 * x * D
     if s.lora is not None:

@@ -8,6 +8,7 @@ try, and how what is spared is spread over the layers.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -25,7 +26,7 @@ Expect = Callable[[int, int], int]
 """The same by the closed formula."""
 
 MARGIN = 0.1
-"""What a run's largest step may take over what is foreseen from measured ones: batches differ, and
+"""What a run's largest step may take over what measured ones predict: batches differ, and
 how far MLX runs ahead of the device does too."""
 
 WIDE_MARGIN = 0.5
@@ -143,14 +144,12 @@ def measure(
         spared = (by_formula[0] - expect(length, number)) / room
         return round(whole - max(0, whole - lean) * min(1.0, spared))
 
-    low, high = 0, layers
-    while low < high:  # steps take less with every layer
-        middle = (low + high) // 2
-        if resident + step(middle) * (1 + MARGIN) <= memory:
-            high = middle
-        else:
-            low = middle + 1
-    return RunMemory(high, resident, step(high), how)
+    def fits(number: int) -> bool:
+        return resident + step(number) * (1 + MARGIN) <= memory
+
+    # Steps take less with every layer; all of them where none fits.
+    fewest = bisect_left(range(layers), True, key=fits)
+    return RunMemory(fewest, resident, step(fewest), how)
 
 
 def _lengths(length: int, straight: int, fits: Callable[[int], bool]) -> list[int]:

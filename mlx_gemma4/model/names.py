@@ -22,10 +22,13 @@ from .plan import Plan
 
 __all__ = [
     "DEAD_KV",
+    "EXPERTS",
+    "Module",
     "flat",
     "inner_name",
     "is_dead",
     "is_frozen_buffer",
+    "is_meant",
     "lm_head",
     "text_model",
     "text_prefix",
@@ -103,3 +106,23 @@ def split_experts(inner: str) -> Iterable[str]:
     if not base or parts is None:
         return (inner,)
     return tuple(f"{base}.experts.switch_glu.{part}_proj.weight" for part in parts)
+
+
+# ---------------------------------------------------------------- words for the modules of a layer
+
+Module = tuple[int, str]
+"""A module that LoRA can adapt: layer index, and path within the layer."""
+
+_SHORT = {
+    **{name: f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")},
+    **{name: f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")},
+}
+EXPERTS = tuple(f"experts.switch_glu.{name}" for name in ("gate_proj", "up_proj", "down_proj"))
+
+
+def is_meant(module: Module, word: str) -> bool:
+    """Whether a word of lora_targets or a pattern means a module."""
+    index, path = module
+    if word == "experts":
+        return path in EXPERTS
+    return _SHORT.get(word, word) in (path, f"layers.{index}.{path}")

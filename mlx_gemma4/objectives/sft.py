@@ -16,4 +16,4 @@ def sft(log_probs_R: mx.array, batch: Batch) -> Sums:
     The sum, not the mean: sums of batches and processes add up, and one division by the count of
     the whole step makes their mean exact.
     """
-    return Sums(-(batch.weights_R * log_probs_R).sum(), batch.weights_R.sum())
+    return Sums(-(batch.weights_R * log_probs_R).sum(), batch.num_targets)

@@ -94,10 +94,10 @@ def _tell(summary: Mapping[str, Any], model: str) -> None:
         print(f"validation loss: {summary['val_loss_before']:.3f} -> {summary['val_loss']:.3f}")
     if summary["test_loss"] is not None:
         print(f"test loss: {summary['test_loss']:.3f}")
-    foreseen = summary["forecast_peak_gb"]
+    forecast = summary["forecast_peak_gb"]
     print(
         f"peak memory: {summary['peak_memory_gb']:.3f} GB"
-        + (f" (forecast {foreseen:.3f})" if foreseen else "")
+        + (f" (forecast {forecast:.3f})" if forecast else "")
         + f", of which {summary['resident_before_gb']:.3f} GB were resident before the first step; "
         f"the step was compiled {summary['compilations']} times"
     )

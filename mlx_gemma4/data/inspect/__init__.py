@@ -1,1 +1,1 @@
-"""A look at the data: counts, and examples for the eye."""
+"""A look at the data: counts, and examples to look at."""

@@ -1,4 +1,4 @@
-"""An example for the eye, in text, with colour, in HTML; and a whole dataset as a page."""
+"""An example to look at, in text, with colour, in HTML; and a whole dataset as a page."""
 
 from __future__ import annotations
 
