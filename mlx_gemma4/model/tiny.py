@@ -33,50 +33,7 @@ _SPECIAL = {
 }  # fmt: skip
 _FIRST_FREE = 117
 
-CHAT_TEMPLATE = """\
-{%- macro value(it) -%}
-{{- '<|"|>' + it + '<|"|>' if it is string else it | tojson -}}
-{%- endmacro -%}
-{{- bos_token -}}
-{%- set first = messages[0] if messages[0]['role'] == 'system' else none -%}
-{%- if first or tools or enable_thinking -%}
-{{- '<|turn>system\\n' + ('<|think|>\\n' if enable_thinking else '') -}}
-{{- first['content'] | trim if first else '' -}}
-{%- for tool in tools or [] -%}
-{{- '<|tool>declaration:' + (tool['function'] if 'function' in tool else tool) | tojson -}}
-{{- '<tool|>' -}}
-{%- endfor -%}
-{{- '<turn|>\\n' -}}
-{%- endif -%}
-{%- for message in (messages[1:] if first else messages) -%}
-{%- set follows = loop.nextitem['role'] if loop.nextitem is defined else none -%}
-{%- if message['role'] == 'tool' -%}
-{{- '<|tool_response>response:' + (message['name'] or 'tool') + '{value:' -}}
-{{- value(message['content']) + '}<tool_response|>' -}}
-{%- if follows not in ['assistant', 'tool', none] -%}{{- '<turn|>\\n' -}}{%- endif -%}
-{%- else -%}
-{%- if not (loop.previtem is defined and loop.previtem['role'] == 'tool') -%}
-{{- '<|turn>' + ('model' if message['role'] == 'assistant' else message['role']) + '\\n' -}}
-{%- endif -%}
-{%- if message['reasoning_content'] -%}
-{{- '<|channel>thought\\n' + message['reasoning_content'] | trim + '\\n<channel|>' -}}
-{%- endif -%}
-{{- message['content'] | trim -}}
-{%- for call in message['tool_calls'] or [] -%}
-{{- '<|tool_call>call:' + call['function']['name'] + '{' -}}
-{%- for key, it in call['function']['arguments'] | dictsort -%}
-{{- (',' if not loop.first else '') + key + ':' + value(it) -}}
-{%- endfor -%}
-{{- '}<tool_call|>' -}}
-{%- endfor -%}
-{%- if message['tool_calls'] and not follows -%}{{- '<|tool_response>' -}}
-{%- elif follows != 'tool' -%}{{- '<turn|>\\n' -}}{%- endif -%}
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt and messages[-1]['role'] != 'tool' -%}
-{{- '<|turn>model\\n' -}}
-{%- endif -%}
-"""
+CHAT_TEMPLATE = Path(__file__).with_name("tiny_chat_template.jinja").read_text()
 
 _KINDS = [SLIDING, SLIDING, FULL] * 2
 _BASE: dict[str, Any] = {
