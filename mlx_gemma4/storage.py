@@ -1,18 +1,28 @@
-"""The one way to write a file or folder whole or not at all; where caches lie; sizes for people."""
+"""Files: written whole or not at all, JSON read with one kind of error; where caches lie."""
 
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from .errors import ConfigError
 
-__all__ = ["cache_folder", "new_file", "new_folder", "size", "write_text"]
+__all__ = [
+    "cache_folder",
+    "new_file",
+    "new_folder",
+    "parse_json",
+    "read_json",
+    "size",
+    "write_text",
+]
 
 
 @contextmanager
@@ -40,6 +50,24 @@ def write_text(path: str | Path, text: str) -> None:
     """Write a text file in UTF-8, whole or not at all."""
     with new_file(path) as partial:
         partial.write_text(text, "utf-8")
+
+
+def read_json(path: str | Path) -> Any:
+    """The content of a JSON file in UTF-8.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no JSON, or nested too deep.
+    """
+    return parse_json(Path(path).read_bytes())
+
+
+def parse_json(content: bytes) -> Any:
+    """As `read_json`."""
+    try:
+        return json.loads(content)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
 
 
 @contextmanager

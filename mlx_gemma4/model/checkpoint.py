@@ -6,7 +6,6 @@ data_offsets per tensor, then raw data (https://huggingface.co/docs/safetensors,
 
 from __future__ import annotations
 
-import json
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,8 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import ModelError, damaged, listing
+from ..storage import parse_json, read_json
+from ..trust import require_plain_name
 
 __all__ = [
     "DTYPES",
@@ -64,10 +65,11 @@ def read_index(folder: Path) -> dict[str, StoredTensor]:
     placed: dict[str, str] = {}
     if index_path.exists():
         try:
-            placed = json.loads(index_path.read_text())["weight_map"]
-            files = sorted({folder / name for name in placed.values()})
+            placed = read_json(index_path)["weight_map"]
+            names = {require_plain_name(name, INDEX, ModelError) for name in placed.values()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise damaged(f"cannot read {index_path}: {error}", "JSON with a weight_map") from None
+        files = sorted(folder / name for name in names)
         if missing := [path.name for path in files if not path.exists()]:
             found = f"{INDEX} names files that are not there:{listing(missing)}"
             raise damaged(found, "every shard", "download the missing files")
@@ -159,7 +161,7 @@ def _read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > size:
                 raise ValueError(f"the header wants {length} bytes, the file has {size}")
-            header = json.loads(file.read(length))
+            header = parse_json(file.read(length))
         metadata = header.pop("__metadata__", None) or {}
         start = 8 + length
         tensors = {}

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ModelError
+from ..trust import require_harmless
 from .plan import read_config
 
 __all__ = ["fetch_config", "resolve"]
@@ -37,18 +38,27 @@ def fetch_config(path_or_hub_id: str | Path) -> dict[str, Any]:
 
 def _folder(path_or_hub_id: str | Path, patterns: list[str]) -> Path:
     folder = Path(path_or_hub_id).expanduser()
-    if folder.is_dir():
-        return folder
+    try:
+        there = folder.is_dir()
+    except (OSError, ValueError):  # no path at all: too long, or with a null byte
+        there = False
+    if not there:
+        folder = _download(str(path_or_hub_id), patterns)
+    require_harmless(folder)
+    return folder
+
+
+def _download(hub_id: str, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
     from huggingface_hub.utils import HfHubHTTPError
 
     try:
-        return Path(snapshot_download(str(path_or_hub_id), allow_patterns=patterns))
+        return Path(snapshot_download(hub_id, allow_patterns=patterns))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
-            f"{path_or_hub_id} is no folder, and the Hub did not give it: {reason}",
+            f"{hub_id} is no folder, and the Hub did not give it: {reason}",
             wanted="a model folder or a Hugging Face id, such as google/gemma-4-E2B-it",
             do="check the spelling, the network, and `hf auth login` for gated models",
         ) from None

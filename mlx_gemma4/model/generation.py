@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..errors import ModelError
+from .tokenizer import prompt_tokens
 
 __all__ = ["stream_answer"]
 
@@ -35,21 +35,15 @@ def stream_answer(
         top_p: sample among the likeliest tokens of this total probability.
 
     Raises:
-        ModelError: the tokenizer has no chat template.
+        ModelError: no chat template, or one that refuses the prompt.
     """
     from mlx_lm.generate import stream_generate
     from mlx_lm.sample_utils import make_sampler
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-    if not tokenizer.chat_template:
-        raise ModelError(
-            "the tokenizer has no chat template",
-            wanted="chat_template.jinja, as the instruction-tuned (-it) checkpoints have it",
-            do="name an instruction-tuned checkpoint, or copy its chat_template.jinja",
-        )
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": prompt})
-    tokens = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    tokens = prompt_tokens(tokenizer, messages)
     mx.random.seed(seed)
     backbone.eval()
     for piece in stream_generate(

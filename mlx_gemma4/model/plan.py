@@ -5,7 +5,6 @@ Pure Python. Nothing that shapes the weights has a default: a missing key is an 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ModelError, damaged
+from ..storage import read_json
 
 __all__ = ["LayerPlan", "MoePlan", "Plan", "PlePlan", "read_config"]
 
@@ -318,7 +318,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The parsed config.json of a checkpoint folder."""
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_text())
+        config = read_json(path)
     except FileNotFoundError:
         raise ModelError(
             f"{folder} has no config.json",

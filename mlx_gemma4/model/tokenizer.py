@@ -1,17 +1,34 @@
-"""The tokenizer and processor of a checkpoint, and the tokens on which an answer ends."""
+"""The tokenizer and processor of a checkpoint, prompts, and the tokens that end an answer."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import damaged
+from ..errors import ModelError, damaged
+from ..storage import read_json
 
-__all__ = ["END_OF_TURN", "end_tokens", "load_processor", "load_tokenizer"]
+__all__ = [
+    "END_OF_TURN",
+    "TEMPLATE_ERRORS",
+    "end_tokens",
+    "load_processor",
+    "load_tokenizer",
+    "prompt_tokens",
+]
 
 END_OF_TURN = "<turn|>"
+
+TEMPLATE_ERRORS = (
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+)
+"""What a template may raise, besides Jinja's own errors."""
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -29,8 +46,8 @@ def load_tokenizer(folder: Path) -> Any:
             "copy the tokenizer files of the original checkpoint into the folder",
         )
     try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # anything: another library reads files that may be broken
         found = f"the tokenizer of {folder} cannot be read: {error}"
         raise damaged(found, "the tokenizer files of the original checkpoint") from None
 
@@ -41,10 +58,41 @@ def load_processor(folder: Path) -> Any:
     from mlx_vlm.utils import load_processor as load
 
     try:
-        return load(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return load(folder, trust_remote_code=False)
+    except Exception as error:
         found = f"the processor of {folder} cannot be read: {error}"
         raise damaged(found, "processor_config.json beside the tokenizer files") from None
+
+
+def prompt_tokens(
+    tokenizer: Any, messages: Sequence[Mapping[str, Any]], **options: Any
+) -> list[int]:
+    """Token ids of a conversation up to where the model answers, by the chat template.
+
+    Args:
+        options: what the template is told besides, such as `enable_thinking`.
+
+    Raises:
+        ModelError: there is no template, or it refuses the conversation.
+    """
+    from jinja2 import TemplateError
+
+    if not tokenizer.chat_template:
+        raise ModelError(
+            "the tokenizer has no chat template",
+            wanted="chat_template.jinja, as the instruction-tuned (-it) checkpoints have it",
+            do="name an instruction-tuned checkpoint, or copy its chat_template.jinja",
+        )
+    options = {"add_generation_prompt": True, "return_dict": False, **options}
+    try:
+        ids: list[int] = tokenizer.apply_chat_template(list(messages), **options)
+    except (TemplateError, *TEMPLATE_ERRORS) as error:
+        raise ModelError(
+            f"the model's chat template refuses the conversation: {' '.join(str(error).split())}",
+            wanted="a template that renders it",
+            do="change the conversation, or take chat_template.jinja of the original checkpoint",
+        ) from None
+    return ids
 
 
 def end_tokens(folder: Path, config: Mapping[str, Any], tokenizer: Any) -> set[int]:
@@ -53,8 +101,8 @@ def end_tokens(folder: Path, config: Mapping[str, Any], tokenizer: Any) -> set[i
     path = folder / "generation_config.json"
     if path.exists():
         try:
-            named.append(json.loads(path.read_text()).get("eos_token_id"))
-        except (ValueError, AttributeError) as error:
+            named.append(read_json(path).get("eos_token_id"))
+        except (OSError, ValueError, AttributeError) as error:
             raise damaged(
                 f"{path} cannot be read: {error}",
                 "a JSON object",
