@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,17 @@ from ..errors import ModelError
 from ..trust import require_harmless
 from .plan import read_config
 
-__all__ = ["fetch_config", "resolve"]
+__all__ = ["SIDE_FILES", "fetch_config", "resolve"]
 
-_TEXT_SIDE = ["*.json", "*.jinja", "*.model"]
-_WEIGHTS = ["*.safetensors"]
+SIDE_FILES = (
+    *("config.json", "generation_config.json", "chat_template.jinja", "chat_template.json"),
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model"),
+    *("special_tokens_map.json", "added_tokens.json"),
+    *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
+)
+"""What a model folder of this family has beside its weights; nothing else is fetched or copied."""
+
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 
 
 def resolve(path_or_hub_id: str | Path, *, weights: bool = True) -> Path:
@@ -24,7 +32,7 @@ def resolve(path_or_hub_id: str | Path, *, weights: bool = True) -> Path:
     Raises:
         ModelError: neither a folder nor a model that the Hub gives.
     """
-    return _folder(path_or_hub_id, _TEXT_SIDE + (_WEIGHTS if weights else []))
+    return _folder(path_or_hub_id, SIDE_FILES + (_WEIGHTS if weights else ()))
 
 
 def fetch_config(path_or_hub_id: str | Path) -> dict[str, Any]:
@@ -33,28 +41,28 @@ def fetch_config(path_or_hub_id: str | Path) -> dict[str, Any]:
     Raises:
         ModelError: neither a folder nor a model that the Hub gives, or no JSON object.
     """
-    return read_config(_folder(path_or_hub_id, ["config.json"]))
+    return read_config(_folder(path_or_hub_id, ("config.json",)))
 
 
-def _folder(path_or_hub_id: str | Path, patterns: list[str]) -> Path:
+def _folder(path_or_hub_id: str | Path, names: Sequence[str]) -> Path:
     folder = Path(path_or_hub_id).expanduser()
     try:
         there = folder.is_dir()
     except (OSError, ValueError):  # no path at all: too long, or with a null byte
         there = False
     if not there:
-        folder = _download(str(path_or_hub_id), patterns)
+        folder = _download(str(path_or_hub_id), names)
     require_harmless(folder)
     return folder
 
 
-def _download(hub_id: str, patterns: list[str]) -> Path:
+def _download(hub_id: str, names: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
     from huggingface_hub.utils import HfHubHTTPError
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=patterns))
+        return Path(snapshot_download(hub_id, allow_patterns=list(names)))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
