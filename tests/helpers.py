@@ -12,7 +12,7 @@ import numpy as np
 
 import mlx_gemma4 as g4
 from mlx_gemma4.data.chat.encode import Chunk, Task, encode_chunk
-from mlx_gemma4.data.store.arrays import Examples, StoreWriter
+from mlx_gemma4.data.store.arrays import Examples
 from mlx_gemma4.model.loader import build_backbone, load_backbone
 from mlx_gemma4.model.names import flat
 from mlx_gemma4.model.plan import Plan
@@ -158,9 +158,7 @@ def encode_together(rows, tokenizer, train_on: str, thinking: str = "keep", on_b
     encoded = encode_chunk(
         Task(tokenizer, len(tokenizer), config), Chunk("rows[", None, list(enumerate(raw)))
     )
-    writer = StoreWriter()
-    writer.add(encoded)
-    return Examples([writer.finish("rows[")]), encoded.facts
+    return Examples([encoded]), encoded.facts
 
 
 def _as_written(turn: dict) -> dict:

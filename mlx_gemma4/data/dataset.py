@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
 from ..config import DataConfig
 from ..errors import ConfigError, DataError
-from ..model.plan import Plan
+from ..model.text import TextSide
 from .batch.order import BatchOrder
 from .chat.encode import Chunk, Task, encode_chunk
 from .chat.formats import column_map
-from .example import Encoded, Example, Facts
-from .inspect.report import counts, stats, summary
+from .example import Example, Facts, Store
+from .inspect.report import of_epoch, of_splits, summary
 from .inspect.show import Shown
 from .read.files import SPLITS
 from .read.sources import Input, Source, find_sources
-from .store.arrays import Examples, Store, StoreWriter
+from .store.arrays import Examples, open_store, write_store
 from .store.cache import cached, tokens_key
 from .store.workers import Workers
+
+if TYPE_CHECKING:
+    from ..gemma import Gemma4
 
 __all__ = ["Dataset", "read"]
 
@@ -37,15 +40,6 @@ _MANY_ROWS = 20_000
 """More rows in memory than this are worth starting worker processes."""
 
 _CHUNK_ROWS, _CHUNK_BYTES = 1000, 1 << 20
-
-
-class ReadsText(Protocol):
-    """What `read` needs of a model: a loaded Gemma4 has it, and so has `model.text.TextSide`."""
-
-    @property
-    def plan(self) -> Plan: ...
-    @property
-    def tokenizer(self) -> Any: ...
 
 
 @dataclass(repr=False)
@@ -103,21 +97,18 @@ class Dataset:
 
         `batch_size` and `packing`, as in TrainConfig, decide padding and steps an epoch.
         """
-        splits = self._splits()
-        order = BatchOrder.of(splits["train"], self.config.max_seq_length, batch_size, packing)
-        return stats(self._counts(), splits, order)
+        order = BatchOrder.of(self.train, self.config.max_seq_length, batch_size, packing)
+        return self._figures() | {"epoch": of_epoch(order)}
 
     def __repr__(self) -> str:
-        return summary(self._counts())
+        return summary(self._figures())
 
-    def _splits(self) -> dict[str, Examples]:
-        return {name: Examples.of(getattr(self, name)) for name in SPLITS}
-
-    def _counts(self) -> dict[str, Any]:
-        return counts(self.source, self.formats, self.config, self.facts, self._splits())
+    def _figures(self) -> dict[str, Any]:
+        splits = {name: Examples.of(getattr(self, name)) for name in SPLITS}
+        return of_splits(self.source, self.formats, self.config, self.facts, splits)
 
 
-def read(source: Input, gemma: ReadsText, config: DataConfig = DataConfig()) -> Dataset:
+def read(source: Input, gemma: Gemma4 | TextSide, config: DataConfig = DataConfig()) -> Dataset:
     """Read rows and turn them into examples for a model.
 
     Args:
@@ -149,20 +140,22 @@ def read(source: Input, gemma: ReadsText, config: DataConfig = DataConfig()) -> 
     weights, found = find_sources(source, config)
     everything = [part for splits in found for parts in splits.values() for part in parts]
     task = Task(gemma.tokenizer, gemma.plan.vocab_size, config)
-    small = sum(part.size for part in everything) <= SMALL
-    with contextlib.ExitStack() as stack:
-        reader = _Reader(task, stack, use_cache=not small)
+    key = tokens_key(task) if sum(part.size for part in everything) > SMALL else None
+    with Workers(task) as workers:
         stores = [
-            {split: [reader.store(part) for part in parts] for split, parts in splits.items()}
+            {
+                split: [store for part in parts for store in _stores(part, task, workers, key)]
+                for split, parts in splits.items()
+            }
             for splits in found
         ]
+    facts = Facts()
+    for store in chain.from_iterable(parts for splits in stores for parts in splits.values()):
+        facts.add(store.facts)
     train, valid, test = (
         Examples([store for splits in stores for store in splits.get(split, ())])
         for split in SPLITS
     )
-    facts = Facts()
-    for store in (*train.stores, *valid.stores, *test.stores):
-        facts.add(store.facts)
     name = ", ".join(weights)
     if config.valid_fraction is not None:
         train, valid = _without_validation(train, valid, config.valid_fraction, name)
@@ -178,53 +171,42 @@ def read(source: Input, gemma: ReadsText, config: DataConfig = DataConfig()) -> 
     return Dataset(name, config, train, valid, test, formats, facts, gemma.tokenizer)
 
 
-class _Reader:
-    """Makes the stores of a call of `read`, through the cache or in memory."""
-
-    def __init__(self, task: Task, stack: contextlib.ExitStack, *, use_cache: bool):
-        self._task, self._stack = task, stack
-        self._workers: Workers | None = None
-        self._key = tokens_key(task) if use_cache else None
-
-    def store(self, source: Source) -> Store:
-        """The examples of one file or split."""
-        fingerprint = source.fingerprint() if self._key else None
-        if fingerprint is None:
-            if (source.count or 0) > _MANY_ROWS:
-                return _filled(StoreWriter(), source, self._by_workers(source))
-            encoded = (encode_chunk(self._task, chunk) for chunk in _chunks(source))
-            return _filled(StoreWriter(), source, encoded)
-        parts = (self._key, source.place, source.label, fingerprint)
-        key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+def _stores(source: Source, task: Task, workers: Workers, key: str | None) -> list[Store]:
+    """The examples of a source; with the key of all that its tokens depend on, from the cache."""
+    fingerprint = source.fingerprint() if key else None
+    if fingerprint:
+        parts = (key, source.place, source.label, fingerprint)
+        entry = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
         def build(folder: Path) -> None:
-            _filled(StoreWriter(folder), source, self._by_workers(source))
+            write_store(_require_any(_by_workers(source, workers), source), folder)
 
-        return Store.open(cached(key, build), source.place)
+        return [open_store(cached(entry, build), source.place)]
+    if (source.count or 0) > _MANY_ROWS:
+        return list(_require_any(_by_workers(source, workers), source))
+    return list(_require_any((encode_chunk(task, chunk) for chunk in _chunks(source)), source))
 
-    def _by_workers(self, source: Source) -> Iterator[Encoded]:
-        from tqdm import tqdm
 
-        if self._workers is None:
-            self._workers = Workers(self._task)
-            self._stack.push(self._workers)
-        by_bytes = source.label == "jsonl"
-        with tqdm(
-            desc=f"tokenizing {_name_of(source).rsplit('/', 1)[-1]}",
-            total=source.size if by_bytes else source.count,
-            unit="B" if by_bytes else " rows",
-            unit_scale=True,
-            disable=None,
-            dynamic_ncols=True,
-            leave=False,
-        ) as bar:
+def _by_workers(source: Source, workers: Workers) -> Iterator[Store]:
+    from tqdm import tqdm
 
-            def told() -> Iterator[Chunk]:
-                for chunk in _chunks(source):
-                    yield chunk
-                    bar.update(sum(len(raw) if by_bytes else 1 for _, raw in chunk.rows))
+    by_bytes = source.label == "jsonl"
+    with tqdm(
+        desc=f"tokenizing {_name_of(source).rsplit('/', 1)[-1]}",
+        total=source.size if by_bytes else source.count,
+        unit="B" if by_bytes else " rows",
+        unit_scale=True,
+        disable=None,
+        dynamic_ncols=True,
+        leave=False,
+    ) as bar:
 
-            yield from self._workers.encode(told())
+        def told() -> Iterator[Chunk]:
+            for chunk in _chunks(source):
+                yield chunk
+                bar.update(sum(len(raw) if by_bytes else 1 for _, raw in chunk.rows))
+
+        yield from workers.encode(told())
 
 
 def _chunks(source: Source) -> Iterator[Chunk]:
@@ -240,13 +222,14 @@ def _chunks(source: Source) -> Iterator[Chunk]:
         yield Chunk(source.place, source.folder, rows)
 
 
-def _filled(writer: StoreWriter, source: Source, encoded: Iterable[Encoded]) -> Store:
-    count = 0
-    for part in encoded:
-        writer.add(part)
-        count += len(part.lengths)
+def _require_any(stores: Iterable[Store], source: Source) -> Iterator[Store]:
+    """The stores; it is an error if the last of them is passed and there was no example."""
+    count, facts = 0, Facts()
+    for store in stores:
+        count += len(store)
+        facts.add(store.facts)
+        yield store
     if not count:
-        facts = writer.facts
         lost = {"were too long": facts.skipped, "cannot be used": facts.bad}
         why = ", ".join(f"{count} {what}" for what, count in lost.items() if count)
         raise DataError(
@@ -254,7 +237,6 @@ def _filled(writer: StoreWriter, source: Source, encoded: Iterable[Encoded]) -> 
             wanted="at least one row",
             do="fill the file" + ", or raise max_seq_length" * (facts.skipped > 0),
         )
-    return writer.finish(source.place)
 
 
 def _name_of(source: Source) -> str:

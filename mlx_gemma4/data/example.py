@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
-__all__ = ["TARGET_BIT", "Encoded", "Example", "Facts", "origin_of"]
+__all__ = ["Example", "Facts", "Store", "origin_of"]
 
-TARGET_BIT = np.uint32(1 << 31)
+_TARGET_BIT = np.uint32(1 << 31)
 """The bit of a stored token that says it is a target; ids are far below it."""
 
 _LISTED = 20
@@ -70,26 +72,54 @@ class Facts:
         self.bad_rows = self.bad_rows[:_LISTED]
 
 
-@dataclass
-class Encoded:
-    """Some examples, one after the other.
+@dataclass(frozen=True)
+class Store:
+    """Examples of one source as arrays: four bytes a token, no Python object a row.
 
     Attributes:
-        tokens: uint32 ids, the highest bit set on targets.
-        lengths, numbers: tokens of each example, and the line or row that it was read from.
+        tokens: uint32, one example after the other; the highest bit marks a target.
+        lengths, targets: tokens and target tokens of each example.
+        numbers: the line or row that each was read from, after `place`.
+        digests: 64 bits of each example's content; equal examples have equal digests.
+        origins: where each was read, for examples that were made elsewhere.
     """
 
     tokens: np.ndarray
     lengths: np.ndarray
+    targets: np.ndarray
     numbers: np.ndarray
+    digests: np.ndarray
     facts: Facts
+    place: str = ""
+    origins: Sequence[str] | None = None
 
     @classmethod
-    def of(cls, examples: Sequence[Example], numbers: Sequence[int], facts: Facts) -> Encoded:
-        packed = [e.tokens.astype(np.uint32) | (e.mask.astype(np.uint32) << 31) for e in examples]
+    def of(
+        cls, examples: Sequence[Example], numbers: Sequence[int], facts: Facts, place: str = ""
+    ) -> Store:
+        """Examples that are in memory."""
+        packed = [e.tokens.astype(np.uint32) | e.mask * _TARGET_BIT for e in examples]
+        digests = [hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in packed]
         return cls(
-            np.concatenate([np.zeros(0, np.uint32), *packed]),
-            np.array([len(tokens) for tokens in packed], np.int64),
-            np.array(numbers, np.int64),
-            facts,
+            tokens=np.concatenate([np.zeros(0, np.uint32), *packed]),
+            lengths=np.array([len(row) for row in packed], np.int64),
+            targets=np.array([example.num_targets for example in examples], np.int32),
+            numbers=np.array(numbers, np.int64),
+            digests=np.frombuffer(b"".join(digests), np.uint64),
+            facts=facts,
+            place=place,
         )
+
+    @cached_property
+    def _ends(self) -> np.ndarray:
+        return np.cumsum(self.lengths)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> Example:
+        end = self._ends[index]
+        packed = np.asarray(self.tokens[end - self.lengths[index] : end])
+        tokens = (packed & ~_TARGET_BIT).astype(np.int32)
+        origin = self.origins[index] if self.origins else origin_of(self.place, self.numbers[index])
+        return Example(tokens, packed >= _TARGET_BIT, origin)

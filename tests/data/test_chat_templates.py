@@ -136,7 +136,7 @@ def test_a_template_that_answers_in_the_users_name_is_refused(tokenizer):
 
 def test_a_template_without_bos_is_refused(tokenizer):
     error = refused(tokenizer, CHAT_TEMPLATE.replace("{{- bos_token -}}", ""))
-    assert error.found == "rows.jsonl:7 has 0 <bos> tokens when rendered"
+    assert error.found == "rows.jsonl:7: has 0 <bos> tokens when rendered"
     assert error.do == "use Gemma 4's template"
 
 

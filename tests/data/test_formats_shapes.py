@@ -116,7 +116,7 @@ def test_columns_name_the_fields():
 def test_a_column_that_is_not_there():
     with pytest.raises(DataError) as error:
         row({"q": "Hi", "a": "Hello"}, columns={"prompt": "question", "completion": "a"})
-    assert error.value.found == "rows.jsonl:7 has no column question; it has a, q"
+    assert error.value.found == "rows.jsonl:7: has no column question; it has a, q"
 
 
 # ---------------------------------------------------------------- media

@@ -206,7 +206,7 @@ def test_many_rows_at_once_are_the_rows_one_by_one(style, tokenizer, rows):
     rows.insert(2, row_of([{"role": "user", "content": "a"}], []))
     alone = Counter()
     results, facts = encode_together(rows, tokenizer, "assistant")
-    assert ["rows[2] has no target token" in told for told in facts.bad_rows] == [True]
+    assert ["rows[2]: has no target token" in told for told in facts.bad_rows] == [True]
     assert [result.origin for result in results] == [
         f"rows[{i}]" for i in range(len(rows)) if i != 2
     ]

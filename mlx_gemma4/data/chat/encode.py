@@ -18,14 +18,17 @@ import numpy as np
 
 from ...config import DataConfig
 from ...errors import DataError
-from ..example import Encoded, Example, Facts, origin_of
-from ..read.records import Raw, row_error
+from ..example import Example, Facts, Store, origin_of
+from ..read.records import Raw, located, row_error
 from . import spans
 from .formats import Row, RowOptions, column_map, row_of
 from .render import Rendering, render
 from .spans import MARKERS, TURN, Mark, Span
 
 __all__ = ["Chunk", "Encoder", "Task", "encode", "encode_chunk"]
+
+
+_CHECKPOINT = "use the tokenizer of the checkpoint"
 
 
 # ---------------------------------------------------------------- many rows
@@ -55,7 +58,7 @@ class Chunk:
     rows: list[tuple[int, Raw]]
 
 
-def encode_chunk(task: Task, chunk: Chunk) -> Encoded:
+def encode_chunk(task: Task, chunk: Chunk) -> Store:
     """The examples of some rows, tokenized in one call.
 
     Raises:
@@ -69,7 +72,7 @@ def encode_chunk(task: Task, chunk: Chunk) -> Encoded:
     for i, (number, raw) in enumerate(chunk.rows):
         try:
             row = row_of(raw, origin_of(chunk.place, number), options)
-            rendered[i] = render(row, task.tokenizer, config.thinking, encoder.ends)
+            rendered[i] = encoder.render(row)
         except DataError as error:
             errors[i] = error
             if config.on_bad_row == "error":
@@ -78,45 +81,44 @@ def encode_chunk(task: Task, chunk: Chunk) -> Encoded:
     examples: dict[int, Example] = {}
     for (i, rendering), ids in zip(rendered.items(), tokens):
         try:
-            example = encoder.example(rendering, ids, facts.notes)
-            fitted = _fit(example, task)
+            with located(rendering.row.origin):
+                example = encoder.example(rendering, ids, facts.notes)
+                fitted = _fit(example, task)
         except DataError as error:
             errors[i] = error
             continue
         facts.shapes[rendering.row.shape] += 1
-        facts.skipped += fitted is None
-        if fitted is not None:
+        if fitted is None:
+            facts.skipped += 1
+        else:
             facts.truncated += fitted is not example
             examples[i] = fitted
-    for _, first in sorted(errors.items()):
-        if config.on_bad_row == "error":
-            raise first
-        facts.add(Facts(bad=1, bad_rows=[first.found]))
-    return Encoded.of([*examples.values()], [chunk.rows[i][0] for i in examples], facts)
+    if errors and config.on_bad_row == "error":
+        raise errors[min(errors)]
+    facts.add(Facts(bad=len(errors), bad_rows=[errors[i].found for i in sorted(errors)]))
+    numbers = [chunk.rows[i][0] for i in examples]
+    return Store.of([*examples.values()], numbers, facts, chunk.place)
 
 
 def _fit(example: Example, task: Task) -> Example | None:
     """The example within max_seq_length, or None to skip it."""
     highest, length = int(example.tokens.max()), task.config.max_seq_length
     if highest >= task.vocab_size:
-        raise row_error(
-            f"{example.origin} has the token id {highest}",
-            f"ids below {task.vocab_size}, the model's vocabulary",
-            "use the tokenizer of the checkpoint",
-        )
+        wanted = f"ids below {task.vocab_size}, the model's vocabulary"
+        raise row_error(f"has the token id {highest}", wanted, _CHECKPOINT)
     if len(example) <= length:
         return example
     if task.config.overlong == "skip":
         return None
     if task.config.overlong == "error":
         raise row_error(
-            f"{example.origin} has {len(example):,} tokens",
+            f"has {len(example):,} tokens",
             f"at most max_seq_length, {length:,}",
             "raise max_seq_length, or set overlong to skip or truncate",
         )
     kept = np.arange(length)
     if task.config.truncate_from == "start":
-        kept = np.concatenate([[0], np.arange(len(example) - length + 1, len(example))])
+        kept[1:] += len(example) - length
     cut = replace(example, tokens=example.tokens[kept], mask=example.mask[kept])
     return cut if cut.num_targets else None
 
@@ -157,9 +159,10 @@ def encode(
     'Hi<turn|>'
     """
     encoder = Encoder(tokenizer, train_on, thinking)
-    rendering = render(row, tokenizer, thinking, encoder.ends)
+    rendering = encoder.render(row)
     [tokens] = encoder.tokenize([rendering.text])
-    return encoder.example(rendering, tokens, Counter() if notes is None else notes)
+    with located(row.origin):
+        return encoder.example(rendering, tokens, Counter() if notes is None else notes)
 
 
 class Encoder:
@@ -167,7 +170,7 @@ class Encoder:
 
     def __init__(self, tokenizer: Any, train_on: str, thinking: str):
         self._tokenizer, self._train_on, self._thinking = tokenizer, train_on, thinking
-        self.ends = tokenizer.bos_token, tokenizer.eos_token  # it takes its time to give them
+        self._ends = tokenizer.bos_token, tokenizer.eos_token  # it takes its time to give them
         self._bos_id, unknown = tokenizer.bos_token_id, tokenizer.unk_token_id
         ids = {marker: tokenizer.convert_tokens_to_ids(marker) for marker in MARKERS}
         self._ids = {marker: i for marker, i in ids.items() if i not in (None, unknown)}
@@ -175,6 +178,11 @@ class Encoder:
         self._is_marker[list(self._ids.values())] = True
         # The tokens of "model" and the line's end, which stand after `<|turn>`.
         self._header = self.tokenize([TURN + "model\n"])[0].tolist()[1:]
+
+    def render(self, row: Row) -> Rendering:
+        """The row as text; it raises as `encode` does."""
+        with located(row.origin):
+            return render(row, self._tokenizer, self._thinking, self._ends)
 
     def tokenize(self, texts: list[str]) -> list[np.ndarray]:
         """The ids that `tokenizer(texts)` gives, without the lists that nobody reads."""
@@ -185,8 +193,11 @@ class Encoder:
         return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
     def example(self, rendering: Rendering, tokens: np.ndarray, notes: Counter[str]) -> Example:
-        """A rendering and its tokens as an example; it raises as `encode` does."""
-        self._require_one_bos(tokens, rendering.row.origin)
+        """A rendering and its tokens as an example; it raises as `encode` does, without origin."""
+        count, bos = np.count_nonzero(tokens == self._bos_id), self._ends[0]
+        if count != 1 or tokens[0] != self._bos_id:
+            do = f"remove {bos} from the row's text" if count else "use Gemma 4's template"
+            raise row_error(f"has {count} {bos} tokens when rendered", "one, at the start", do)
         mask, dropped = np.ones(len(tokens), bool), 0
         if rendering.messages:
             mask, dropped = self._mask(rendering, tokens)
@@ -200,15 +211,13 @@ class Encoder:
 
     def _mask(self, rendering: Rendering, tokens: np.ndarray) -> tuple[np.ndarray, int]:
         """The loss mask, and how many texts of reasoning the template left out."""
-        origin = rendering.row.origin
-        marks = self._locate(rendering.text, tokens, origin)
-        marks = [mark for mark in marks if mark.char not in rendering.quoted]
+        marks = [m for m in self._locate(rendering.text, tokens) if m.char not in rendering.quoted]
         turns = spans.model_turns(rendering.text, marks, len(tokens), len(self._header))
-        may_train, dropped = spans.check_against_row(rendering.messages, turns, origin)
+        may_train, dropped = spans.check_against_row(rendering.messages, turns)
         if rendering.generated is not None:
             generated = np.array(rendering.generated, bool)
             spans.check_against_generation(
-                tokens, turns, generated, self._thinking, origin, self._tokenizer
+                tokens, turns, generated, self._thinking, self._tokenizer
             )
         mask = np.full(len(tokens), self._train_on == "all")
         for span in self._chosen(turns, spans.user_turns(rendering.text, marks)):
@@ -219,7 +228,7 @@ class Encoder:
                 if masked or not trained:
                     mask[span.first : span.last] = False
         if not mask[1:].any():
-            raise row_error(f"{origin} has no target token", "an assistant turn to learn")
+            raise row_error("has no target token", "an assistant turn to learn")
         return mask, dropped
 
     def _chosen(self, turns: list[list[Span]], questions: list[int]) -> Iterable[Span]:
@@ -232,28 +241,16 @@ class Encoder:
         asked = max((place for place in questions if place < turns[-1][0].first), default=-1)
         return chain(*(turn for turn in turns if turn[0].first > asked))
 
-    def _require_one_bos(self, tokens: np.ndarray, origin: str) -> None:
-        """Refuse a row unless its first token, and no other, is `<bos>`."""
-        count, bos = np.count_nonzero(tokens == self._bos_id), self.ends[0]
-        if count != 1 or tokens[0] != self._bos_id:
-            raise row_error(
-                f"{origin} has {count} {bos} tokens when rendered",
-                "one, at the start",
-                f"remove {bos} from the row's text" if count else "use Gemma 4's template",
-            )
-
-    def _locate(self, text: str, tokens: np.ndarray, origin: str) -> list[Mark]:
+    def _locate(self, text: str, tokens: np.ndarray) -> list[Mark]:
         """The markers of a text with their tokens: the nth marker is the nth such token."""
         marks = [mark for mark in spans.find_marks(text) if mark.marker in self._ids]
         places = np.flatnonzero(self._is_marker[tokens])
         whole = [self._ids[mark.marker] for mark in marks] == tokens[places].tolist()
         marks = [Mark(m.marker, m.char, place) for m, place in zip(marks, places.tolist())]
         if not whole or not all(self._header_is_whole(text, tokens, mark) for mark in marks):
-            raise row_error(
-                f"{origin}: the tokenizer joins the chat template's markers with other text",
-                f"a token for each of {' '.join(MARKERS)}, and for what stands between them",
-                "use the tokenizer of the checkpoint",
-            )
+            found = "the tokenizer joins the chat template's markers with other text"
+            wanted = f"a token for each of {' '.join(MARKERS)}, and for what stands between them"
+            raise row_error(found, wanted, _CHECKPOINT)
         return marks
 
     def _header_is_whole(self, text: str, tokens: np.ndarray, mark: Mark) -> bool:

@@ -66,7 +66,7 @@ def render(row: Row, tokenizer: Any, thinking: str, ends: tuple[str, str]) -> Re
         return Rendering(row, bos + row.text.removeprefix(bos).removesuffix(eos) + eos)
     if not tokenizer.chat_template:
         raise row_error(
-            f"{row.origin} is a conversation and the tokenizer has no chat template",
+            "is a conversation and the tokenizer has no chat template",
             "chat_template.jinja, as the instruction-tuned (-it) checkpoints have it",
             "train an -it checkpoint, or use text rows",
         )
@@ -79,28 +79,26 @@ def render(row: Row, tokenizer: Any, thinking: str, ends: tuple[str, str]) -> Re
     tools = list(row.tools) or None
     for thinks in ({"enable_thinking": True}, {}) if kept else ({},):
         options: dict[str, Any] = {"tools": tools, "tokenize": False, **thinks}
-        text = _apply(row, tokenizer, messages, options)
-        quoted = _quoted_markers(row, tokenizer, messages, options, text)
+        text = _apply(tokenizer, messages, options)
+        quoted = _quoted_markers(tokenizer, messages, options, text)
         if kept and _shows(text, quoted, kept):
             break
     _require_all(row, text, quoted)
     generated = None
     if _marks_generation(tokenizer.get_chat_template(None, tools)):
         options |= {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
-        generated = _apply(row, tokenizer, messages, options)["assistant_masks"]
+        generated = _apply(tokenizer, messages, options)["assistant_masks"]
     return Rendering(row, text, messages, quoted, generated, len(thoughts) - len(kept))
 
 
-def _apply(row: Row, tokenizer: Any, messages: Any, options: dict[str, Any]) -> Any:
+def _apply(tokenizer: Any, messages: Any, options: dict[str, Any]) -> Any:
     from jinja2 import TemplateError
 
     try:
         return tokenizer.apply_chat_template(messages, **options)
     except (TemplateError, *_ERRORS) as error:
-        raise row_error(
-            f"{row.origin} is refused by the model's chat template: {error}",
-            "roles and fields as the template allows them",
-        ) from None
+        found = f"is refused by the model's chat template: {error}"
+        raise row_error(found, "roles and fields as the template allows them") from None
 
 
 # ---------------------------------------------------------------- reasoning
@@ -141,10 +139,8 @@ def _refuse_markers_in_answers(row: Row, ends: tuple[str, str]) -> None:
     never = (TURN, END_OF_TURN, *ends)
     for number, turn in enumerate(row.messages, 1):
         if not isinstance(turn["content"], str):
-            raise row_error(
-                f"{row.origin}: turn {number} ({turn['role']}) holds images or audio",
-                "text, which alone can be trained on so far",
-            )
+            what = f"turn {number} ({turn['role']}) holds images or audio"
+            raise row_error(what, "text, which alone can be trained on so far")
         if turn["role"] != "assistant":
             continue
         found = [marker for marker in never if marker in turn["content"]]
@@ -153,14 +149,14 @@ def _refuse_markers_in_answers(row: Row, ends: tuple[str, str]) -> None:
         if found:
             held = " and ".join(dict.fromkeys(found))
             raise row_error(
-                f"{row.origin}: turn {number}, an answer, holds {held}",
+                f"turn {number}, an answer, holds {held}",
                 "answers without the markers that the chat template sets",
                 "remove the markers from the answer",
             )
 
 
 def _quoted_markers(
-    row: Row, tokenizer: Any, messages: Sequence[dict[str, Any]], options: dict[str, Any], text: str
+    tokenizer: Any, messages: Sequence[dict[str, Any]], options: dict[str, Any], text: str
 ) -> frozenset[int]:
     """Where markers stand in the rendering that come from the text of the row.
 
@@ -172,14 +168,12 @@ def _quoted_markers(
     if not any(MARKER.search(string) for string in _strings([others, options["tools"]])):
         return frozenset()
     letters = [turn if turn["role"] == "assistant" else _neutralised(turn) for turn in messages]
-    plain = _apply(row, tokenizer, letters, options | {"tools": _neutralised(options["tools"])})
+    plain = _apply(tokenizer, letters, options | {"tools": _neutralised(options["tools"])})
     left = {mark.char for mark in find_marks(plain)}
     marks = find_marks(text)
     if len(plain) != len(text) or not left <= {mark.char for mark in marks}:
-        raise row_error(
-            f"{row.origin}: the chat template changes with the markers in the row's text",
-            "text without the markers that the chat template sets",
-        )
+        found = "the chat template changes with the markers in the row's text"
+        raise row_error(found, "text without the markers that the chat template sets")
     return frozenset(mark.char for mark in marks if mark.char not in left)
 
 
@@ -217,7 +211,7 @@ def _require_all(row: Row, text: str, quoted: frozenset[int]) -> None:
     lost += [f"the tool {name}" for name in names if name not in text]
     if lost:
         raise row_error(
-            f"{row.origin}: the chat template leaves out {', '.join(lost)}",
+            f"the chat template leaves out {', '.join(lost)}",
             "a template that renders the whole row",
             "use Gemma 4's own template, or remove that part of the row",
         )

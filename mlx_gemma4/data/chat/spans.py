@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, groupby, pairwise
+from itertools import chain, groupby, pairwise, takewhile
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -169,7 +169,7 @@ def _parse(text: str, marks: list[Mark], start: Mark, stop: Mark) -> Iterator[Sp
 
 
 def check_against_row(
-    messages: Sequence[dict[str, Any]], turns: list[list[Span]], origin: str
+    messages: Sequence[dict[str, Any]], turns: list[list[Span]]
 ) -> tuple[list[bool], int]:
     """Hold the model turns of a rendering against the assistant turns of its row.
 
@@ -195,15 +195,13 @@ def check_against_row(
             and all(name in call for name, call in zip(*calls))
             and "".join(texts[0]) == "".join(texts[1])
         ):
-            pair = "the row says", _as_text(said), "the model turn is", _as_text(spans)
-            raise _disagreement(origin, *pair)
+            shown = {"the row says": _as_text(said), "the model turn is": _as_text(spans)}
+            raise _disagreement(shown)
         dropped += len(thoughts[0]) - len(thoughts[1])
         wishes = {turn.get("train", True) for turn in group}
         if len(wishes) > 1:
-            raise row_error(
-                f"{origin}: one model turn holds answers with weight 0 and answers with weight 1",
-                "one weight for all assistant turns between two questions",
-            )
+            found = "one model turn holds answers with weight 0 and answers with weight 1"
+            raise row_error(found, "one weight for all assistant turns between two questions")
         may_train.append(wishes != {False})
     return may_train if parts is turns else may_train * len(turns), dropped
 
@@ -213,7 +211,6 @@ def check_against_generation(
     turns: list[list[Span]],
     generated: np.ndarray,
     thinking: str,
-    origin: str,
     tokenizer: Any,
 ) -> None:
     """Hold the model turns against `generated`, the template's mask (T) of `{% generation %}`.
@@ -232,8 +229,10 @@ def check_against_generation(
         after[span.last] = span.kind == "end"
     ours, compared = ours[:-1], ~(skipped | (after & ~ours))[:-1]
     if ((ours != generated) & compared).any():
-        shown = [tokenizer.decode(tokens[mask & compared]) for mask in (ours, generated)]
-        raise _disagreement(origin, "by markers", shown[0], "by {% generation %}", shown[1])
+        marked = {"by markers": ours, "by {% generation %}": generated}
+        raise _disagreement(
+            {name: tokenizer.decode(tokens[mask & compared]) for name, mask in marked.items()}
+        )
 
 
 def _groups(messages: Sequence[dict[str, Any]], num_turns: int) -> list[list[dict[str, Any]]]:
@@ -251,7 +250,6 @@ def _groups(messages: Sequence[dict[str, Any]], num_turns: int) -> list[list[dic
 
 
 def _spans_of_row(messages: list[dict[str, Any]]) -> list[Span]:
-    """What messages say, reasoning and the names of called tools included; without tokens."""
     spans = []
     for turn in messages:
         spans += [Span("thought", turn.get("reasoning", ""), 0, 0), *spans_of(turn["content"])]
@@ -273,17 +271,17 @@ def _as_text(spans: list[Span]) -> str:
     return " ".join([*thoughts, *calls, *words])
 
 
-def _disagreement(origin: str, left: str, ours: str, right: str, theirs: str) -> DataError:
-    pairs = enumerate(zip(ours, theirs))
-    differ = next((i for i, (a, b) in pairs if a != b), min(len(ours), len(theirs)))
-    start = max(0, differ - _BEFORE)
-    width = max(len(left), len(right))
+def _disagreement(shown: dict[str, str]) -> DataError:
+    """The error for two texts that should be equal: both, from shortly before they part."""
+    equal = takewhile(lambda pair: pair[0] == pair[1], zip(*shown.values()))
+    start = max(0, len(list(equal)) - _BEFORE)
+    width = max(map(len, shown))
     lines = [
         f"\n    {name:{width}}  {'...' * (start > 0)}{text[start : start + _SHOWN]!r}"
-        for name, text in ((left, ours), (right, theirs))
+        for name, text in shown.items()
     ]
     return row_error(
-        f"{origin}: the rendering does not show what the model is to learn{lines[0]}{lines[1]}",
+        f"the rendering does not show what the model is to learn{''.join(lines)}",
         "<|turn>model ... <turn|> around the text and the tool calls of every answer",
         "use Gemma 4's own template, or mend the row",
     )

@@ -13,20 +13,22 @@ from ..batch.order import BatchOrder
 from ..example import Facts
 from ..store.arrays import Examples
 
-__all__ = ["counts", "report", "stats", "summary"]
+__all__ = ["of_epoch", "of_splits", "report", "summary"]
 
 _BINS = 12
 _BAR = 40
 
 
-def counts(
+def of_splits(
     source: str,
     formats: Mapping[str, int],
     config: DataConfig,
     facts: Facts,
     splits: Mapping[str, Examples],
 ) -> dict[str, Any]:
-    """The figures that need no look at the examples: quick for a million rows."""
+    """What was read and left out, lengths and duplicates: plain numbers, lists and dicts."""
+    splits = {name: part for name, part in splits.items() if part}
+    kinds = {name: np.unique(part.digests) for name, part in splits.items()}
     return {
         "source": source,
         "formats": dict(formats),
@@ -40,46 +42,27 @@ def counts(
         "bad": facts.bad,
         "bad_rows": list(facts.bad_rows),
         "notes": dict(facts.notes),
-        "splits": {name: _totals(part) for name, part in splits.items() if part},
+        "splits": {name: _of_split(part, kinds[name]) for name, part in splits.items()},
+        "across_splits": {
+            f"{a} and {b}": len(np.intersect1d(kinds[a], kinds[b], assume_unique=True))
+            for a, b in combinations(kinds, 2)
+        },
     }
 
 
-def _totals(examples: Examples) -> dict[str, Any]:
-    tokens, targets = int(examples.lengths.sum()), int(examples.targets.sum())
+def _of_split(examples: Examples, kinds: np.ndarray) -> dict[str, Any]:
+    lengths = examples.lengths
+    tokens, targets = int(lengths.sum()), int(examples.targets.sum())
+    edges = np.unique(np.ceil(np.linspace(0, lengths.max(), _BINS + 1)).astype(int))
+    bins, _ = np.histogram(lengths, edges)
     return {
         "examples": len(examples),
         "tokens": tokens,
         "targets": targets,
         "target_share": targets / tokens,
-        "longest": int(examples.lengths.max()),
-    }
-
-
-def stats(
-    figures: dict[str, Any], splits: Mapping[str, Examples], order: BatchOrder
-) -> dict[str, Any]:
-    """`figures` of `counts`, with lengths, duplicates and the batches of an epoch; fit for JSON."""
-    seen = {name: np.unique(splits[name].digests) for name in figures["splits"]}
-    return figures | {
-        "splits": {
-            name: totals | _lengths(splits[name], seen[name])
-            for name, totals in figures["splits"].items()
-        },
-        "across_splits": {
-            f"{a} and {b}": len(np.intersect1d(seen[a], seen[b], assume_unique=True))
-            for a, b in combinations(seen, 2)
-        },
-        "epoch": _epoch(order),
-    }
-
-
-def _lengths(examples: Examples, kinds: np.ndarray) -> dict[str, Any]:
-    lengths = examples.lengths
-    edges = np.unique(np.ceil(np.linspace(0, lengths.max(), _BINS + 1)).astype(int))
-    bins, _ = np.histogram(lengths, edges)
-    return {
         "shortest": int(lengths.min()),
         "median": float(np.median(lengths)),
+        "longest": int(lengths.max()),
         "longest_at": examples[int(lengths.argmax())].origin,
         "duplicates": len(examples) - len(kinds),
         "histogram": [
@@ -88,7 +71,8 @@ def _lengths(examples: Examples, kinds: np.ndarray) -> dict[str, Any]:
     }
 
 
-def _epoch(order: BatchOrder) -> dict[str, Any]:
+def of_epoch(order: BatchOrder) -> dict[str, Any]:
+    """The batches of an epoch, and the share of their positions that hold no example."""
     batches = order.epoch(0)
     positions = int(order.lengths.sum())
     filled = positions + sum(map(order.padding_of, batches))
@@ -105,7 +89,7 @@ def _epoch(order: BatchOrder) -> dict[str, Any]:
 
 
 def summary(figures: dict[str, Any]) -> str:
-    """A few lines of `counts`: what was found, what each split holds, what was left out."""
+    """A few lines of `of_splits`: what was found, what each split holds, what was left out."""
     shapes = ", ".join(f"{count:,} {shape}" for shape, count in sorted(figures["shapes"].items()))
     formats = ", ".join(sorted(figures["formats"]))
     lines = [
@@ -128,7 +112,7 @@ def summary(figures: dict[str, Any]) -> str:
 
 
 def report(figures: dict[str, Any]) -> str:
-    """The summary of `stats`, and below it lengths, duplicates and the epoch."""
+    """The summary of `Dataset.stats`, and below it lengths, duplicates and the epoch."""
     train = figures["splits"]["train"]
     lines = [summary(figures), "", "  tokens an example, train:"]
     most, lower = max(part["examples"] for part in train["histogram"]), 0

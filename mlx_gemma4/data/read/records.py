@@ -6,18 +6,19 @@ A raw row is what a format gives unseen: the bytes of a JSONL line, a value of a
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
 import re
 from collections.abc import Iterator
 from itertools import chain
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, NoReturn
 
 from ...errors import DataError
 
-__all__ = ["Cells", "Raw", "csv_rows", "json_values", "lines", "parquet_rows", "record_of",
-           "row_error", "without_nulls"]  # fmt: skip
+__all__ = ["Cells", "Raw", "csv_rows", "json_values", "lines", "located", "parquet_rows",
+           "record_of", "row_error", "without_nulls"]  # fmt: skip
 
 Raw = Any
 
@@ -46,7 +47,16 @@ def row_error(found: str, wanted: str, do: str = "mend or remove the line") -> D
     return DataError(found, wanted=wanted, do=do)
 
 
-def record_of(raw: Raw, origin: str) -> dict[str, Any]:
+@contextlib.contextmanager
+def located(place: str) -> Iterator[None]:
+    """Errors about rows that come out of the block begin with a place, such as "file:3"."""
+    try:
+        yield
+    except DataError as error:
+        raise row_error(f"{place}: {error.found}", error.wanted, error.do) from None
+
+
+def record_of(raw: Raw) -> dict[str, Any]:
     """A raw row as a dict.
 
     Raises:
@@ -56,12 +66,12 @@ def record_of(raw: Raw, origin: str) -> dict[str, Any]:
     if isinstance(raw, Cells):
         if len(raw.cells) != len(raw.names):
             wanted = f"{len(raw.names)}, as the first line: {', '.join(raw.names)}"
-            raise row_error(f"{origin} has {len(raw.cells)} cells", wanted)
+            raise row_error(f"has {len(raw.cells)} cells", wanted)
         return dict(zip(*raw))
-    value = _parsed(raw, origin) if isinstance(raw, bytes) else raw
+    value = _parsed(raw) if isinstance(raw, bytes) else raw
     if not isinstance(value, dict):
         kind = type(value).__name__
-        raise row_error(f"{origin} is of type {kind}", "an object with the fields of a row")
+        raise row_error(f"is of type {kind}", "an object with the fields of a row")
     return value
 
 
@@ -99,13 +109,13 @@ def json_values(stream: IO[bytes], place: str) -> Iterator[tuple[int, Any]]:
             more = text.peek() == ","
             text.at += more
         if text.peek() != "]":
-            raise text.error("no comma or ']' behind a value")
+            text.refuse("no comma or ']' behind a value")
         text.at += 1
     else:
         while text.peek():
             yield text.value()
     if text.peek():
-        raise text.error("text after the last value")
+        text.refuse("text after the last value")
 
 
 def csv_rows(stream: IO[bytes], place: str) -> Iterator[tuple[int, Cells]]:
@@ -116,7 +126,7 @@ def csv_rows(stream: IO[bytes], place: str) -> Iterator[tuple[int, Cells]]:
     delimiter = next((d for d in ",\t;" if d in header), ",")
     names = next(csv.reader([header], delimiter=delimiter), [])
     if any(not name.strip() for name in names) or len(set(names)) < len(names):
-        found = f"{place}1 has the columns {', '.join(map(repr, names))}"
+        found = f"{place}1: has the columns {', '.join(map(repr, names))}"
         raise row_error(found, "a first line that names every column, each once")
     reader = csv.reader(text, delimiter=delimiter, strict=True)
     number = 2
@@ -127,7 +137,7 @@ def csv_rows(stream: IO[bytes], place: str) -> Iterator[tuple[int, Cells]]:
             number = reader.line_num + 2
     except csv.Error as error:
         wanted = 'cells with commas, quotes or line ends in "quotes"'
-        raise row_error(f"{place}{number} is not CSV: {error}", wanted) from None
+        raise row_error(f"{place}{number}: is not CSV: {error}", wanted) from None
 
 
 def parquet_rows(stream: IO[bytes], place: str) -> Iterator[tuple[int, dict]]:
@@ -147,25 +157,23 @@ def parquet_rows(stream: IO[bytes], place: str) -> Iterator[tuple[int, dict]]:
 # ---------------------------------------------------------------- JSON
 
 
-def _parsed(line: bytes, origin: str) -> Any:
+def _parsed(line: bytes) -> Any:
     if len(line) > _MOST_BYTES and not line.endswith(b"\n"):
-        raise row_error(
-            f"{origin} is longer than {_MOST_BYTES // 1_000_000} MB",
-            "one row a line, each shorter than the model's context",
-        )
+        wanted = "one row a line, each shorter than the model's context"
+        raise row_error(f"is longer than {_MOST_BYTES // 1_000_000} MB", wanted)
     try:
         return _DECODER.decode(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise row_error(f"{origin} is not UTF-8: {error}", "text in UTF-8") from None
+        raise row_error(f"is not UTF-8: {error}", "text in UTF-8") from None
     except (ValueError, RecursionError) as error:
-        raise _not_json(origin, error) from None
+        raise _not_json(error) from None
 
 
-def _not_json(origin: str, error: Exception | str) -> DataError:
+def _not_json(error: Exception | str) -> DataError:
     told = "nested too deep" if isinstance(error, RecursionError) else str(error)
     if isinstance(error, json.JSONDecodeError):
         told = f"{error.msg}, column {error.colno}"
-    return row_error(f"{origin} is not JSON: {told}", "one JSON object a line")
+    return row_error(f"is not JSON: {told}", "one JSON object a line")
 
 
 class _JsonText:
@@ -197,14 +205,14 @@ class _JsonText:
     def value(self) -> tuple[int, Any]:
         """(line, value); of a value over the limit its text, which is over it too."""
         if not self.peek():
-            raise self.error("the file ends within a value")
+            self.refuse("the file ends within a value")
         while True:
             try:
                 value, end = _DECODER.raw_decode(self._text, self.at)
             except (ValueError, RecursionError) as error:
                 wide = len(self._text) - self.at > 4 * _MOST_BYTES
                 if wide or isinstance(error, RecursionError) or not self._more():
-                    raise self.error(error) from None
+                    self.refuse(error)
                 continue
             line, start = self._line, self.at
             self._advance(end)
@@ -212,10 +220,11 @@ class _JsonText:
                 value = self._text[start:end].encode("utf-8", "surrogateescape")
             return line, value
 
-    def error(self, error: Exception | str) -> DataError:
-        """What is wrong, with the line that it stands on."""
+    def refuse(self, error: Exception | str) -> NoReturn:
+        """Raise what is wrong, with the line that it stands on."""
         line = self._line
         if isinstance(error, json.JSONDecodeError):
             line += self._text.count("\n", self.at, error.pos)
             error = error.msg
-        return _not_json(f"{self._place}{line}", error)
+        with located(f"{self._place}{line}"):
+            raise _not_json(error) from None

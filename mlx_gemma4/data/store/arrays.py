@@ -1,120 +1,49 @@
-"""Examples as arrays, in memory or memory-mapped: four bytes a token, no Python object a row."""
+"""A split as a sequence of examples, and stores on disk, which are memory-mapped."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import overload
 
 import numpy as np
 
-from ..example import TARGET_BIT, Encoded, Example, Facts, origin_of
+from ..example import Example, Facts, Store
 
-__all__ = ["FACTS_FILE", "Examples", "Store", "StoreWriter", "lengths_of"]
+__all__ = ["FACTS_FILE", "Examples", "lengths_of", "open_store", "write_store"]
 
 FACTS_FILE = "facts.json"
 
-_ARRAYS = {"starts": np.int64, "numbers": np.int64, "targets": np.int32, "digests": np.uint64}
+_COLUMNS = ("lengths", "targets", "numbers", "digests")
 
 
-@dataclass(frozen=True)
-class Store:
-    """The examples of one source.
-
-    Attributes:
-        tokens: all tokens, one example after the other; the highest bit marks a target.
-        starts: where each example begins, and the end of the last: one more than examples.
-        numbers: the line or row that each was read from, after `place`.
-        targets: how many tokens of each are targets.
-        digests: 64 bits of each example's content; equal examples have equal digests.
-        origins: where each was read, for examples that were made elsewhere.
-    """
-
-    tokens: np.ndarray
-    starts: np.ndarray
-    numbers: np.ndarray
-    targets: np.ndarray
-    digests: np.ndarray
-    place: str = ""
-    facts: Facts = field(default_factory=Facts)
-    origins: Sequence[str] | None = None
-
-    def __len__(self) -> int:
-        return len(self.starts) - 1
-
-    def __getitem__(self, index: int) -> Example:
-        packed = np.asarray(self.tokens[self.starts[index] : self.starts[index + 1]])
-        tokens = (packed & ~TARGET_BIT).astype(np.int32)
-        origin = self.origins[index] if self.origins else origin_of(self.place, self.numbers[index])
-        return Example(tokens, packed >= TARGET_BIT, origin)
-
-    @classmethod
-    def open(cls, folder: Path, place: str) -> Store:
-        """A store on disk, memory-mapped."""
-        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS}
-        facts = json.loads((folder / FACTS_FILE).read_text())["facts"]
-        facts |= {name: Counter(facts[name]) for name in ("shapes", "notes")}
-        tokens = np.memmap(folder / "tokens.bin", np.uint32, "r")
-        return cls(tokens=tokens, place=place, facts=Facts(**facts), **arrays)
+def write_store(parts: Iterable[Store], folder: Path) -> None:
+    """Write stores as one; tokens go to the disk as they come."""
+    facts = Facts()
+    columns: dict[str, list[np.ndarray]] = {name: [] for name in _COLUMNS}
+    with (folder / "tokens.bin").open("wb") as file:
+        for part in parts:
+            part.tokens.tofile(file)
+            facts.add(part.facts)
+            for name, arrays in columns.items():
+                arrays.append(getattr(part, name))
+    for name, arrays in columns.items():
+        np.save(folder / f"{name}.npy", np.concatenate(arrays))
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+    (folder / FACTS_FILE).write_text(json.dumps({"facts": vars(facts), "sizes": sizes}))
 
 
-class StoreWriter:
-    """Takes examples in the order they come.
-
-    Args:
-        folder: where tokens are written as they come, or None to stay in memory.
-    """
-
-    def __init__(self, folder: Path | None = None):
-        self._folder = folder
-        self._file = (folder / "tokens.bin").open("wb") if folder else None
-        self._tokens = [np.zeros(0, np.uint32)]
-        self._columns = {name: [np.zeros(0, kind)] for name, kind in _ARRAYS.items()}
-        self.facts = Facts()
-
-    def add(self, encoded: Encoded) -> None:
-        """Append examples."""
-        raw = encoded.tokens.tobytes()
-        if self._file:
-            self._file.write(raw)
-        else:
-            self._tokens.append(encoded.tokens)
-        ends = np.cumsum(encoded.lengths)
-        starts = ends - encoded.lengths
-        targets = encoded.tokens >= TARGET_BIT
-        targets[starts] = False  # nothing stands before a first token
-        sums = np.concatenate([[0], np.cumsum(targets)])
-        places = zip((4 * starts).tolist(), (4 * ends).tolist())
-        digests = [hashlib.blake2b(raw[a:b], digest_size=8).digest() for a, b in places]
-        columns = {
-            "starts": encoded.lengths,
-            "numbers": encoded.numbers,
-            "targets": sums[ends] - sums[starts],
-            "digests": np.frombuffer(b"".join(digests), np.uint64),
-        }
-        for name, column in columns.items():
-            self._columns[name].append(column.astype(_ARRAYS[name]))
-        self.facts.add(encoded.facts)
-
-    def finish(self, place: str, origins: Sequence[str] | None = None) -> Store:
-        """All that was added, as a store."""
-        arrays = {name: np.concatenate(parts) for name, parts in self._columns.items()}
-        arrays["starts"] = np.concatenate([[0], np.cumsum(arrays["starts"])])
-        if not (self._folder and self._file):
-            tokens = np.concatenate(self._tokens)
-            return Store(tokens=tokens, place=place, facts=self.facts, origins=origins, **arrays)
-        self._file.close()
-        for name, array in arrays.items():
-            np.save(self._folder / f"{name}.npy", array)
-        sizes = {path.name: path.stat().st_size for path in self._folder.iterdir()}
-        text = json.dumps({"facts": vars(self.facts), "sizes": sizes})
-        (self._folder / FACTS_FILE).write_text(text)
-        return Store.open(self._folder, place)
+def open_store(folder: Path, place: str) -> Store:
+    """What `write_store` wrote, memory-mapped."""
+    columns = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _COLUMNS}
+    facts = json.loads((folder / FACTS_FILE).read_text())["facts"]
+    facts |= {name: Counter(facts[name]) for name in ("shapes", "notes")}
+    tokens = np.memmap(folder / "tokens.bin", np.uint32, "r")
+    return Store(tokens=tokens, facts=Facts(**facts), place=place, **columns)
 
 
 class Examples(Sequence[Example]):
@@ -141,9 +70,8 @@ class Examples(Sequence[Example]):
         """Examples that are in memory already."""
         if isinstance(examples, Examples):
             return examples
-        writer = StoreWriter()
-        writer.add(Encoded.of(examples, range(len(examples)), Facts()))
-        return cls([writer.finish("", [example.origin for example in examples])])
+        store = Store.of(examples, range(len(examples)), Facts())
+        return cls([replace(store, origins=[example.origin for example in examples])])
 
     def picked(self, order: np.ndarray) -> Examples:
         """The same stores in another order, or a part of them."""
@@ -166,19 +94,20 @@ class Examples(Sequence[Example]):
     @cached_property
     def lengths(self) -> np.ndarray:
         """Tokens of each example."""
-        return self._column([np.diff(store.starts) for store in self.stores])
+        return self._column("lengths")
 
     @cached_property
     def targets(self) -> np.ndarray:
         """Target tokens of each example."""
-        return self._column([store.targets for store in self.stores])
+        return self._column("targets")
 
     @cached_property
     def digests(self) -> np.ndarray:
         """64 bits of each example's content; equal examples have equal digests."""
-        return self._column([store.digests for store in self.stores])
+        return self._column("digests")
 
-    def _column(self, columns: list[np.ndarray]) -> np.ndarray:
+    def _column(self, name: str) -> np.ndarray:
+        columns = [getattr(store, name) for store in self.stores]
         return np.concatenate(columns or [np.zeros(0, np.int64)])[self.order]
 
     def __repr__(self) -> str:

@@ -20,7 +20,7 @@ from typing import Any
 
 from ...errors import DataError
 from ..chat.encode import Chunk, Task, encode_chunk
-from ..example import Encoded
+from ..example import Store
 
 __all__ = ["Workers", "cores"]
 
@@ -45,10 +45,10 @@ class Workers(contextlib.AbstractContextManager):
                 with contextlib.suppress(OSError):
                     pipe.close()  # type: ignore[union-attr]
 
-    def encode(self, jobs: Iterable[Chunk]) -> Iterator[Encoded]:
+    def encode(self, jobs: Iterable[Chunk]) -> Iterator[Store]:
         """The encoded chunks, in order; a few are under way at any time."""
         self._threads = self._threads or ThreadPoolExecutor(self._count)
-        pending: deque[Future[Encoded]] = deque()
+        pending: deque[Future[Store]] = deque()
         for chunk in jobs:
             pending.append(self._threads.submit(self._encode, chunk))
             if len(pending) > 2 * self._count:
@@ -56,7 +56,7 @@ class Workers(contextlib.AbstractContextManager):
         while pending:
             yield pending.popleft().result()
 
-    def _encode(self, chunk: Chunk) -> Encoded:
+    def _encode(self, chunk: Chunk) -> Store:
         """Runs in a thread that has a process of its own."""
         process: subprocess.Popen[bytes] | None = getattr(self._own, "process", None)
         try:
