@@ -6,9 +6,9 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from helpers import encode
 
 import mlx_gemma4 as g4
-from mlx_gemma4.data.chat.encode import encode
 from mlx_gemma4.data.chat.formats import Row
 from mlx_gemma4.errors import DataError
 from mlx_gemma4.model.tiny import CHAT_TEMPLATE

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from helpers import encode
 from styles import MARKS_GENERATION
 
-from mlx_gemma4.data.chat.encode import encode
 from mlx_gemma4.data.chat.formats import Row
 from mlx_gemma4.errors import DataError
 from mlx_gemma4.model.tiny import CHAT_TEMPLATE

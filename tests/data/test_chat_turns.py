@@ -7,10 +7,9 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from helpers import encode_together
+from helpers import encode, encode_together
 from styles import EMPTY_THOUGHT_PROMPT, MARKS_GENERATION, STRIPS_EARLIER_THOUGHTS
 
-from mlx_gemma4.data.chat.encode import encode
 from mlx_gemma4.data.chat.formats import Row
 from mlx_gemma4.errors import DataError
 from mlx_gemma4.model.tiny import CHAT_TEMPLATE

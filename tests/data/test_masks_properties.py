@@ -12,12 +12,11 @@ from collections import Counter
 import pytest
 
 pytest.importorskip("hypothesis")
-from helpers import encode_together
+from helpers import encode, encode_together
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from styles import STYLES, Piece
 
-from mlx_gemma4.data.chat.encode import encode
 from mlx_gemma4.data.chat.formats import Row
 from mlx_gemma4.data.chat.spans import MARKERS
 from mlx_gemma4.model.tokenizer import load_tokenizer

@@ -25,13 +25,9 @@ from .formats import Row, RowOptions, column_map, row_of
 from .render import Rendering, render
 from .spans import MARKERS, TURN, Mark, Span
 
-__all__ = ["Chunk", "Encoder", "Task", "encode", "encode_chunk"]
-
+__all__ = ["Chunk", "Encoder", "Task", "encode_chunk"]
 
 _CHECKPOINT = "use the tokenizer of the checkpoint"
-
-
-# ---------------------------------------------------------------- many rows
 
 
 @dataclass(frozen=True)
@@ -64,15 +60,15 @@ def encode_chunk(task: Task, chunk: Chunk) -> Store:
     Raises:
         DataError: the first row that cannot be used, unless such rows are to be skipped.
     """
-    config, facts = task.config, Facts()
-    encoder = Encoder(task.tokenizer, config.train_on, config.thinking)
+    config, facts, encoder = task.config, Facts(), Encoder(task)
     options = RowOptions(column_map(config.columns), chunk.folder, config.media_anywhere)
     errors: dict[int, DataError] = {}
     rendered: dict[int, Rendering] = {}
     for i, (number, raw) in enumerate(chunk.rows):
         try:
             row = row_of(raw, origin_of(chunk.place, number), options)
-            rendered[i] = encoder.render(row)
+            with located(row.origin):
+                rendered[i] = encoder.render(row)
         except DataError as error:
             errors[i] = error
             if config.on_bad_row == "error":
@@ -123,53 +119,18 @@ def _fit(example: Example, task: Task) -> Example | None:
     return cut if cut.num_targets else None
 
 
-# ---------------------------------------------------------------- one row
-
-
-def encode(
-    row: Row,
-    tokenizer: Any,
-    train_on: str,
-    thinking: str = "keep",
-    notes: Counter[str] | None = None,
-) -> Example:
-    """Tokens of a row, and which of them are targets.
+class Encoder:
+    """A tokenizer, what of it every row asks for, and which tokens are targets.
 
     Of a text row every token is a target; of a conversation what the model says: text, reasoning
-    and tool calls, with the tokens that end a turn or hand over to a tool. An assistant turn with
-    `"train": False` never is one.
-
-    Args:
-        tokenizer: with the model's chat template.
-        train_on: "assistant", what follows the last question ("completion"), what follows the last
-            question or tool result ("last"), or every token ("all").
-        thinking: "keep" makes reasoning a target, "mask" shows it to the model and does not, "drop"
-            takes it out before rendering.
-        notes: counts what a person should know, such as reasoning that the template leaves out.
-
-    Raises:
-        DataError: no target token, or a template that does not render what the row says.
-
-    >>> from mlx_gemma4.data.chat.formats import Row
-    >>> from mlx_gemma4.model.tokenizer import load_tokenizer
-    >>> turns = {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}
-    >>> tokenizer = load_tokenizer(tiny)
-    >>> example = encode(Row("chat", turns, "", "rows.jsonl:1"), tokenizer, "assistant")
-    >>> tokenizer.decode(example.tokens[example.mask])
-    'Hi<turn|>'
+    and tool calls, with the tokens that end a turn or hand over to a tool. `train_on` and
+    `thinking` of the settings narrow that, and a turn with `"train": False` never is a target.
     """
-    encoder = Encoder(tokenizer, train_on, thinking)
-    rendering = encoder.render(row)
-    [tokens] = encoder.tokenize([rendering.text])
-    with located(row.origin):
-        return encoder.example(rendering, tokens, Counter() if notes is None else notes)
 
-
-class Encoder:
-    """A tokenizer, what of it every row asks for, and which tokens are targets, as of `encode`."""
-
-    def __init__(self, tokenizer: Any, train_on: str, thinking: str):
-        self._tokenizer, self._train_on, self._thinking = tokenizer, train_on, thinking
+    def __init__(self, task: Task):
+        tokenizer, config = task.tokenizer, task.config
+        self._tokenizer = tokenizer
+        self._train_on, self._thinking = config.train_on, config.thinking
         self._ends = tokenizer.bos_token, tokenizer.eos_token  # it takes its time to give them
         self._bos_id, unknown = tokenizer.bos_token_id, tokenizer.unk_token_id
         ids = {marker: tokenizer.convert_tokens_to_ids(marker) for marker in MARKERS}
@@ -180,9 +141,12 @@ class Encoder:
         self._header = self.tokenize([TURN + "model\n"])[0].tolist()[1:]
 
     def render(self, row: Row) -> Rendering:
-        """The row as text; it raises as `encode` does."""
-        with located(row.origin):
-            return render(row, self._tokenizer, self._thinking, self._ends)
+        """The row as text.
+
+        Raises:
+            DataError: the template refuses the row, or does not show all of it.
+        """
+        return render(row, self._tokenizer, self._thinking, self._ends)
 
     def tokenize(self, texts: list[str]) -> list[np.ndarray]:
         """The ids that `tokenizer(texts)` gives, without the lists that nobody reads."""
@@ -193,7 +157,14 @@ class Encoder:
         return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
     def example(self, rendering: Rendering, tokens: np.ndarray, notes: Counter[str]) -> Example:
-        """A rendering and its tokens as an example; it raises as `encode` does, without origin."""
+        """A rendering and its tokens as an example.
+
+        Args:
+            notes: counts what a person should know, such as reasoning that the template leaves out.
+
+        Raises:
+            DataError: no target token, or the model's turns are not what the row says.
+        """
         count, bos = np.count_nonzero(tokens == self._bos_id), self._ends[0]
         if count != 1 or tokens[0] != self._bos_id:
             do = f"remove {bos} from the row's text" if count else "use Gemma 4's template"
@@ -214,19 +185,21 @@ class Encoder:
         marks = [m for m in self._locate(rendering.text, tokens) if m.char not in rendering.quoted]
         turns = spans.model_turns(rendering.text, marks, len(tokens), len(self._header))
         may_train, dropped = spans.check_against_row(rendering.messages, turns)
+        silent = [
+            span
+            for span in chain(*turns)
+            if span.kind == "thought" and (self._thinking == "mask" or not span.text)
+        ]
         if rendering.generated is not None:
-            generated = np.array(rendering.generated, bool)
             spans.check_against_generation(
-                tokens, turns, generated, self._thinking, self._tokenizer
+                tokens, turns, silent, rendering.generated, self._tokenizer
             )
         mask = np.full(len(tokens), self._train_on == "all")
         for span in self._chosen(turns, spans.user_turns(rendering.text, marks)):
             mask[span.first : span.last] |= span.kind != "response"
-        for turn, trained in zip(turns, may_train):
-            for span in turn:
-                masked = span.kind == "thought" and (self._thinking == "mask" or not span.text)
-                if masked or not trained:
-                    mask[span.first : span.last] = False
+        untrained = chain(*(turn for turn, trained in zip(turns, may_train) if not trained))
+        for span in (*silent, *untrained):
+            mask[span.first : span.last] = False
         if not mask[1:].any():
             raise row_error("has no target token", "an assistant turn to learn")
         return mask, dropped

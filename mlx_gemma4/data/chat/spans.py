@@ -209,30 +209,31 @@ def check_against_row(
 def check_against_generation(
     tokens: np.ndarray,
     turns: list[list[Span]],
-    generated: np.ndarray,
-    thinking: str,
+    silent: list[Span],
+    generated: Sequence[int],
     tokenizer: Any,
 ) -> None:
     """Hold the model turns against `generated`, the template's mask (T) of `{% generation %}`.
 
     Templates differ in whether the end of a turn and its line are marked, and may leave out
-    reasoning that is no target; all else must be the same.
+    `silent` spans, reasoning that is no target; all else must be the same.
 
     Raises:
         DataError: they differ; with a picture of both.
     """
-    ours, skipped, after = (np.zeros(len(tokens) + 1, bool) for _ in range(3))
+    ours, compared = np.zeros(len(tokens), bool), np.ones(len(tokens), bool)
     for span in chain(*turns):
         ours[span.first : span.last] = span.kind != "response"
-        no_target = span.kind == "thought" and (thinking == "mask" or not span.text)
-        skipped[span.first : span.last] = span.kind == "end" or no_target
-        after[span.last] = span.kind == "end"
-    ours, compared = ours[:-1], ~(skipped | (after & ~ours))[:-1]
-    if ((ours != generated) & compared).any():
-        marked = {"by markers": ours, "by {% generation %}": generated}
-        raise _disagreement(
-            {name: tokenizer.decode(tokens[mask & compared]) for name, mask in marked.items()}
-        )
+    for span in chain(*turns):
+        if span.kind == "end":
+            compared[span.first : span.last] = False
+            compared[span.last : span.last + 1] &= ours[span.last : span.last + 1]
+    for span in silent:
+        compared[span.first : span.last] = False
+    ours, theirs = ours & compared, np.array(generated, bool) & compared
+    if (ours != theirs).any():
+        marked = {"by markers": ours, "by {% generation %}": theirs}
+        raise _disagreement({name: tokenizer.decode(tokens[m]) for name, m in marked.items()})
 
 
 def _groups(messages: Sequence[dict[str, Any]], num_turns: int) -> list[list[dict[str, Any]]]:
