@@ -14,9 +14,9 @@ import numpy as np
 import mlx_gemma4 as g4
 from mlx_gemma4.data.chat.encode import Chunk, Encoder, Task, encode_chunk
 from mlx_gemma4.data.chat.formats import Row
-from mlx_gemma4.data.example import Example
+from mlx_gemma4.data.chat.render import render
+from mlx_gemma4.data.example import Example, Examples
 from mlx_gemma4.data.read.records import located
-from mlx_gemma4.data.store.arrays import Examples
 from mlx_gemma4.model.loader import build_backbone, load_backbone
 from mlx_gemma4.model.names import flat
 from mlx_gemma4.model.plan import Plan
@@ -155,7 +155,7 @@ def encode(row: Row, tokenizer, train_on: str, thinking: str = "keep", notes=Non
     config = g4.DataConfig(train_on=train_on, thinking=thinking)
     encoder = Encoder(Task(tokenizer, len(tokenizer), config))
     with located(row.origin):
-        rendering = encoder.render(row)
+        rendering = render(row, tokenizer, thinking, encoder.ends)
         [tokens] = encoder.tokenize([rendering.text])
         return encoder.example(rendering, tokens, Counter() if notes is None else notes)
 

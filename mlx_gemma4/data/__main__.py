@@ -34,8 +34,7 @@ def main(arguments: list[str] | None = None) -> None:
     run, config, train, look = _settings(arguments)
 
     from .dataset import read
-    from .inspect.report import report
-    from .inspect.show import page
+    from .inspect import page, report
 
     data = read(run.data, text_side(run.model), config)
     figures = data.stats(train.batch_size, train.packing)

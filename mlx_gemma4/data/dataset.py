@@ -19,13 +19,11 @@ from ..model.text import TextSide
 from .batch.order import BatchOrder
 from .chat.encode import Chunk, Task, encode_chunk
 from .chat.formats import column_map
-from .example import Example, Facts, Store
-from .inspect.report import of_epoch, of_splits, summary
-from .inspect.show import Shown
+from .example import Example, Examples, Facts, Store
+from .inspect import Shown, of_epoch, of_splits, summary
 from .read.files import SPLITS
 from .read.sources import Input, Source, find_sources
-from .store.arrays import Examples, open_store, write_store
-from .store.cache import cached, tokens_key
+from .store.cache import cached, open_store, tokens_key, write_store
 from .store.workers import Workers
 
 if TYPE_CHECKING:

@@ -1,16 +1,17 @@
-"""`Example`, and many of them as arrays. No MLX here: the tokenizing workers need not load it."""
+"""`Example`, and many of them as arrays, in memory or memory-mapped. Nothing here needs MLX."""
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import overload
 
 import numpy as np
 
-__all__ = ["Example", "Facts", "Store", "origin_of"]
+__all__ = ["Example", "Examples", "Facts", "Store", "lengths_of", "origin_of"]
 
 _TARGET_BIT = np.uint32(1 << 31)
 """The bit of a stored token that says it is a target; ids are far below it."""
@@ -123,3 +124,76 @@ class Store:
         tokens = (packed & ~_TARGET_BIT).astype(np.int32)
         origin = self.origins[index] if self.origins else origin_of(self.place, self.numbers[index])
         return Example(tokens, packed >= _TARGET_BIT, origin)
+
+
+class Examples(Sequence[Example]):
+    """A split: examples of one or more stores, each made when it is asked for.
+
+    Args:
+        order: positions in the stores, counted through, any number of times; by default all.
+
+    >>> two = [Example(np.arange(n), np.ones(n, bool), "here") for n in (3, 5)]
+    >>> examples = Examples.of(two)
+    >>> len(examples), examples.lengths.tolist(), len(examples[1]), len(examples[1:])
+    (2, [3, 5], 5, 1)
+    """
+
+    def __init__(self, stores: Sequence[Store] = (), order: np.ndarray | None = None):
+        self.stores = list(stores)
+        self._firsts = np.cumsum([0, *map(len, self.stores)])
+        self.order = np.arange(self._firsts[-1]) if order is None else order
+
+    @classmethod
+    def of(cls, examples: Sequence[Example]) -> Examples:
+        """Examples that are in memory."""
+        if isinstance(examples, Examples):
+            return examples
+        store = Store.of(examples, range(len(examples)), Facts())
+        return cls([replace(store, origins=[example.origin for example in examples])])
+
+    def picked(self, order: np.ndarray) -> Examples:
+        """The same stores in another order, or a part of them."""
+        return Examples(self.stores, order)
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> Examples: ...
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return self.picked(self.order[index])
+        position = self.order[index]
+        store = int(np.searchsorted(self._firsts, position, "right")) - 1
+        return self.stores[store][int(position - self._firsts[store])]
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each example."""
+        return self._column("lengths")
+
+    @cached_property
+    def targets(self) -> np.ndarray:
+        """Target tokens of each example."""
+        return self._column("targets")
+
+    @cached_property
+    def digests(self) -> np.ndarray:
+        """64 bits of each example's content; equal examples have equal digests."""
+        return self._column("digests")
+
+    def _column(self, name: str) -> np.ndarray:
+        columns = [getattr(store, name) for store in self.stores]
+        return np.concatenate(columns or [np.zeros(0, np.int64)])[self.order]
+
+    def __repr__(self) -> str:
+        return f"<{len(self):,} examples>"
+
+
+def lengths_of(examples: Sequence[Example]) -> np.ndarray:
+    """Tokens of each example; those of a split are known without making it."""
+    if isinstance(examples, Examples):
+        return examples.lengths
+    return np.array([len(example) for example in examples], np.int64)

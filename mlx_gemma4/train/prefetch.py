@@ -12,8 +12,7 @@ import numpy as np
 
 from ..data.batch.collate import collate_alike
 from ..data.batch.order import BatchOrder, Rows
-from ..data.example import Example
-from ..data.store.arrays import lengths_of
+from ..data.example import Example, lengths_of
 from ..gemma import Gemma4
 from ..model.ple import GatheredRows
 from ..nn.batch import Batch

@@ -307,9 +307,7 @@ def code(tmp_path, monkeypatch) -> Path:
     return copied
 
 
-@pytest.mark.parametrize(
-    "name", ["inspect/show.py", "inspect/report.py", "dataset.py", "batch/order.py", "__main__.py"]
-)
+@pytest.mark.parametrize("name", ["inspect.py", "dataset.py", "batch/order.py", "__main__.py"])
 def test_code_that_decides_no_token_is_not_in_the_key(code, side, name):
     task = Task(side.tokenizer, side.plan.vocab_size, DataConfig())
     before = cache.tokens_key(task)

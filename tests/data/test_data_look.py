@@ -17,7 +17,7 @@ from mlx_gemma4.data.batch.collate import collate
 from mlx_gemma4.data.batch.order import BatchOrder
 from mlx_gemma4.data.dataset import Dataset, read
 from mlx_gemma4.data.example import Example
-from mlx_gemma4.data.inspect.show import Shown
+from mlx_gemma4.data.inspect import Shown
 from mlx_gemma4.errors import DataError, run_command
 from mlx_gemma4.model.text import text_side
 

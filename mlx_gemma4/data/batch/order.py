@@ -8,8 +8,7 @@ from itertools import count, islice
 
 import numpy as np
 
-from ..example import Example
-from ..store.arrays import lengths_of
+from ..example import Example, lengths_of
 
 __all__ = ["BatchOrder", "Rows", "bucket", "longest_bound", "pack", "padded_length"]
 
@@ -21,7 +20,7 @@ _WINDOW = 32
 
 
 def pack(lengths: Sequence[int], capacity: int) -> Rows:
-    """Put lengths, in their order, into rows that hold `capacity`: each where it leaves least room.
+    """Put lengths into rows that hold `capacity`: each, in order, where it leaves least room.
 
     The best-fit heuristic of bin packing (Johnson 1973), in time linear in the number of lengths.
 
@@ -148,9 +147,6 @@ class BatchOrder:
 
 def _in_batches(rows: Rows, size: int) -> list[Rows]:
     return [rows[i : i + size] for i in range(0, len(rows), size)]
-
-
-# ---------------------------------------------------------------- few shapes: each is compiled
 
 
 def padded_length(positions: int) -> int:

@@ -21,7 +21,7 @@ from ...errors import DataError
 from ..example import Example, Facts, Store, origin_of
 from ..read.records import Raw, located, row_error
 from . import spans
-from .formats import Row, RowOptions, column_map, row_of
+from .formats import RowOptions, column_map, row_of
 from .render import Rendering, render
 from .spans import MARKERS, TURN, Mark, Span
 
@@ -68,7 +68,7 @@ def encode_chunk(task: Task, chunk: Chunk) -> Store:
         try:
             row = row_of(raw, origin_of(chunk.place, number), options)
             with located(row.origin):
-                rendered[i] = encoder.render(row)
+                rendered[i] = render(row, task.tokenizer, config.thinking, encoder.ends)
         except DataError as error:
             errors[i] = error
             if config.on_bad_row == "error":
@@ -131,7 +131,7 @@ class Encoder:
         tokenizer, config = task.tokenizer, task.config
         self._tokenizer = tokenizer
         self._train_on, self._thinking = config.train_on, config.thinking
-        self._ends = tokenizer.bos_token, tokenizer.eos_token  # it takes its time to give them
+        self.ends = tokenizer.bos_token, tokenizer.eos_token  # it takes its time to give them
         self._bos_id, unknown = tokenizer.bos_token_id, tokenizer.unk_token_id
         ids = {marker: tokenizer.convert_tokens_to_ids(marker) for marker in MARKERS}
         self._ids = {marker: i for marker, i in ids.items() if i not in (None, unknown)}
@@ -139,14 +139,6 @@ class Encoder:
         self._is_marker[list(self._ids.values())] = True
         # The tokens of "model" and the line's end, which stand after `<|turn>`.
         self._header = self.tokenize([TURN + "model\n"])[0].tolist()[1:]
-
-    def render(self, row: Row) -> Rendering:
-        """The row as text.
-
-        Raises:
-            DataError: the template refuses the row, or does not show all of it.
-        """
-        return render(row, self._tokenizer, self._thinking, self._ends)
 
     def tokenize(self, texts: list[str]) -> list[np.ndarray]:
         """The ids that `tokenizer(texts)` gives, without the lists that nobody reads."""
@@ -165,7 +157,7 @@ class Encoder:
         Raises:
             DataError: no target token, or the model's turns are not what the row says.
         """
-        count, bos = np.count_nonzero(tokens == self._bos_id), self._ends[0]
+        count, bos = np.count_nonzero(tokens == self._bos_id), self.ends[0]
         if count != 1 or tokens[0] != self._bos_id:
             do = f"remove {bos} from the row's text" if count else "use Gemma 4's template"
             raise row_error(f"has {count} {bos} tokens when rendered", "one, at the start", do)
@@ -195,7 +187,7 @@ class Encoder:
                 tokens, turns, silent, rendering.generated, self._tokenizer
             )
         mask = np.full(len(tokens), self._train_on == "all")
-        for span in self._chosen(turns, spans.user_turns(rendering.text, marks)):
+        for span in self._chosen(turns, rendering.text, marks):
             mask[span.first : span.last] |= span.kind != "response"
         untrained = chain(*(turn for turn, trained in zip(turns, may_train) if not trained))
         for span in (*silent, *untrained):
@@ -204,14 +196,19 @@ class Encoder:
             raise row_error("has no target token", "an assistant turn to learn")
         return mask, dropped
 
-    def _chosen(self, turns: list[list[Span]], questions: list[int]) -> Iterable[Span]:
+    def _chosen(self, turns: list[list[Span]], text: str, marks: list[Mark]) -> Iterable[Span]:
         """The spans of the model turns that `train_on` names."""
         turns = [turn for turn in turns if turn]
         if self._train_on in ("assistant", "all") or not turns:
             return chain(*turns)
-        if self._train_on == "last":
-            return spans.between_tool_results(turns[-1])[-1]
-        asked = max((place for place in questions if place < turns[-1][0].first), default=-1)
+        first = turns[-1][0].first
+        if self._train_on == "last":  # from the last place where the model stopped before it ended
+            final = max((s.first for s in turns[-1] if s.kind != "response"), default=first)
+            stops = (s.last for s in turns[-1] if s.kind in ("end", "response"))
+            start = max((stop for stop in stops if stop <= final), default=first)
+            return [span for span in turns[-1] if span.first >= start]
+        questions = [m for m in marks if m.marker == TURN and text.startswith("user\n", m.end)]
+        asked = max((mark.token for mark in questions if mark.token < first), default=-1)
         return chain(*(turn for turn in turns if turn[0].first > asked))
 
     def _locate(self, text: str, tokens: np.ndarray) -> list[Mark]:
@@ -232,5 +229,4 @@ class Encoder:
             return True
         first = mark.token + 1
         written = tokens[first : first + len(self._header)].tolist()
-        answer = mark.end + len("model\n")
-        return written == self._header or text[answer : answer + 1].isspace()
+        return written == self._header or text[mark.end + len("model\n") :][:1].isspace()

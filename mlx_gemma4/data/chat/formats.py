@@ -19,7 +19,7 @@ from typing import Any
 from ...errors import ConfigError
 from ..read.files import DataFile
 from ..read.records import Raw, located, record_of, row_error, without_nulls
-from .media import MEDIA, add_media, media_part, resolve_media
+from .media import MEDIA, add_media, media_part
 
 __all__ = ["Row", "RowOptions", "column_map", "read_rows", "row_of"]
 
@@ -125,9 +125,6 @@ def row_of(raw: Raw, origin: str, options: RowOptions) -> Row:
         return row
 
 
-# ---------------------------------------------------------------- shapes
-
-
 def _row(record: dict, origin: str, options: RowOptions) -> Row:
     turns: Any
     if "messages" in record:
@@ -176,9 +173,6 @@ def _instruction(record: dict) -> str:
     question = _text(record["instruction"], "instruction")
     given = _text(record.get("input") or "", "input")
     return f"{question}\n\n{given}" if given.strip() else question
-
-
-# ---------------------------------------------------------------- turns
 
 
 def _conversation(turns: list, options: RowOptions) -> Iterator[dict[str, Any]]:
@@ -263,10 +257,7 @@ def _content(content: Any, options: RowOptions) -> str | list[dict]:
         if kind in ("text", "input_text", "output_text"):
             parts.append({"type": "text", "text": _text(part.get("text"), "text")})
         elif isinstance(kind, str) and kind in MEDIA:
-            name, path = media_part(part)
-            path = _text(path, f"path of {kind}")
-            path = resolve_media(name, path, options.folder, options.media_anywhere)
-            parts.append({"type": name, name: path})
+            parts.append(media_part(part, options.folder, options.media_anywhere))
         elif kind != "thinking":
             raise row_error(f"has a part of type {kind!r}", "text, image or audio")
     if all(part["type"] == "text" for part in parts):
@@ -300,9 +291,6 @@ def _functions(entries: Any, what: str) -> Iterator[tuple[dict, Any]]:
             wanted = 'entries such as {"type": "function", "function": {"name": "...", ...}}'
             raise row_error(f"{what} has an entry without the name of a function", wanted)
         yield entry, function
-
-
-# ---------------------------------------------------------------- checks
 
 
 def _text(value: Any, key: str) -> str:

@@ -101,9 +101,6 @@ def _apply(tokenizer: Any, messages: Any, options: dict[str, Any]) -> Any:
         raise row_error(found, "roles and fields as the template allows them") from None
 
 
-# ---------------------------------------------------------------- reasoning
-
-
 def _with_thoughts(turn: dict[str, Any], thinking: str) -> dict[str, Any]:
     """A message with its reasoning under the names that templates read, or without any."""
     if turn["role"] != "assistant":
@@ -129,9 +126,6 @@ def _shows(text: str, quoted: frozenset[int], thoughts: list[str]) -> bool:
     marks = [mark for mark in find_marks(text) if mark.char not in quoted]
     spans = chain(*model_turns(text, marks, 0, 0))
     return any(span.kind == "thought" and span.text in thoughts for span in spans)
-
-
-# ---------------------------------------------------------------- markers within the row's text
 
 
 def _refuse_markers_in_answers(row: Row, ends: tuple[str, str]) -> None:
@@ -191,9 +185,6 @@ def _strings(value: Any) -> Iterator[str]:
     elif isinstance(value, (list, tuple)):
         for inner in value:
             yield from _strings(inner)
-
-
-# ---------------------------------------------------------------- nothing silent
 
 
 def _require_all(row: Row, text: str, quoted: frozenset[int]) -> None:

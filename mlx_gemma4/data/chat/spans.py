@@ -17,7 +17,7 @@ templates leave out earlier ones. A template's `{% generation %}` marks must agr
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain, groupby, pairwise, takewhile
 from typing import Any, NamedTuple
 
@@ -33,13 +33,11 @@ __all__ = [
     "TURN",
     "Mark",
     "Span",
-    "between_tool_results",
     "check_against_generation",
     "check_against_row",
     "find_marks",
     "model_turns",
     "spans_of",
-    "user_turns",
 ]
 
 TURN = "<|turn>"
@@ -94,11 +92,6 @@ def spans_of(text: str) -> list[Span]:
     return list(_parse(text, find_marks(text), Mark("", 0), Mark("", len(text))))
 
 
-def user_turns(text: str, marks: Iterable[Mark]) -> list[int]:
-    """The tokens at which turns of the user open."""
-    return [m.token for m in marks if m.marker == TURN and text.startswith("user\n", m.end)]
-
-
 def model_turns(text: str, marks: list[Mark], num_tokens: int, header: int) -> list[list[Span]]:
     """The spans of every turn of the model in a rendered conversation.
 
@@ -116,17 +109,6 @@ def model_turns(text: str, marks: list[Mark], num_tokens: int, header: int) -> l
             first = Mark("", start.end + len("model\n"), start.token + 1 + header)
             turns.append(list(_parse(text, marks[i + 1 : following], first, ends[following])))
     return turns
-
-
-def between_tool_results(turn: list[Span]) -> list[list[Span]]:
-    """The spans of a turn in runs: one up to each end or tool result, and one after the last."""
-    runs: list[list[Span]] = [[]]
-    for span in turn:
-        if span.kind != "response":
-            runs[-1].append(span)
-        if span.kind in ("end", "response"):
-            runs.append([])
-    return [run for run in runs if run]
 
 
 def _parse(text: str, marks: list[Mark], start: Mark, stop: Mark) -> Iterator[Span]:
@@ -163,9 +145,6 @@ def _parse(text: str, marks: list[Mark], start: Mark, stop: Mark) -> Iterator[Sp
             char, token, before = close.end, close.token + 1, kind
     if text[char : stop.char].strip():
         yield Span("text", text[char : stop.char], token, stop.token)
-
-
-# ---------------------------------------------------------------- the proof
 
 
 def check_against_row(

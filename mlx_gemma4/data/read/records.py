@@ -101,19 +101,15 @@ def lines(stream: IO[bytes], place: str) -> Iterator[tuple[int, bytes]]:
 def json_values(stream: IO[bytes], place: str) -> Iterator[tuple[int, Any]]:
     """The items of an array, or values one after the other; never more than a few in memory."""
     text = _JsonText(io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape"), place)
-    if text.peek() == "[":
-        text.at += 1
-        more = text.peek() != "]"
-        while more:
-            yield text.value()
-            more = text.peek() == ","
-            text.at += more
-        if text.peek() != "]":
-            text.refuse("no comma or ']' behind a value")
-        text.at += 1
-    else:
+    if not text.take("["):
         while text.peek():
             yield text.value()
+    elif not text.take("]"):
+        yield text.value()
+        while text.take(","):
+            yield text.value()
+        if not text.take("]"):
+            text.refuse("no comma or ']' behind a value")
     if text.peek():
         text.refuse("text after the last value")
 
@@ -154,9 +150,6 @@ def parquet_rows(stream: IO[bytes], place: str) -> Iterator[tuple[int, dict]]:
         raise OSError(str(error)) from None
 
 
-# ---------------------------------------------------------------- JSON
-
-
 def _parsed(line: bytes) -> Any:
     if len(line) > _MOST_BYTES and not line.endswith(b"\n"):
         wanted = "one row a line, each shorter than the model's context"
@@ -181,26 +174,30 @@ class _JsonText:
 
     def __init__(self, stream: io.TextIOWrapper, place: str):
         self._stream, self._place = stream, place
-        self._text, self.at, self._line = "", 0, 1
+        self._text, self._at, self._line = "", 0, 1
 
     def _more(self) -> bool:
-        piece = self._stream.read(max(1 << 18, len(self._text) - self.at))
-        self._text, self.at = self._text[self.at :] + piece, 0
+        piece = self._stream.read(max(1 << 18, len(self._text) - self._at))
+        self._text, self._at = self._text[self._at :] + piece, 0
         return bool(piece)
 
     def _advance(self, to: int) -> None:
-        self._line += self._text.count("\n", self.at, to)
-        self.at = to
+        self._line += self._text.count("\n", self._at, to)
+        self._at = to
 
     def peek(self) -> str:
         """The next character that is no space, or "" at the end."""
         while True:
-            match = _SPACE.match(self._text, self.at)
-            self._advance(match.end() if match else self.at)
-            if self.at < len(self._text):
-                return self._text[self.at]
-            if not self._more():
-                return ""
+            match = _SPACE.match(self._text, self._at)
+            self._advance(match.end() if match else self._at)
+            if self._at < len(self._text) or not self._more():
+                return self._text[self._at : self._at + 1]
+
+    def take(self, character: str) -> bool:
+        """Whether a character comes next, which is then passed."""
+        found = self.peek() == character
+        self._at += found
+        return found
 
     def value(self) -> tuple[int, Any]:
         """(line, value); of a value over the limit its text, which is over it too."""
@@ -208,23 +205,23 @@ class _JsonText:
             self.refuse("the file ends within a value")
         while True:
             try:
-                value, end = _DECODER.raw_decode(self._text, self.at)
+                value, end = _DECODER.raw_decode(self._text, self._at)
+                break
             except (ValueError, RecursionError) as error:
-                wide = len(self._text) - self.at > 4 * _MOST_BYTES
+                wide = len(self._text) - self._at > 4 * _MOST_BYTES
                 if wide or isinstance(error, RecursionError) or not self._more():
                     self.refuse(error)
-                continue
-            line, start = self._line, self.at
-            self._advance(end)
-            if end - start > _MOST_BYTES:
-                value = self._text[start:end].encode("utf-8", "surrogateescape")
-            return line, value
+        line, start = self._line, self._at
+        self._advance(end)
+        if end - start > _MOST_BYTES:
+            value = self._text[start:end].encode("utf-8", "surrogateescape")
+        return line, value
 
     def refuse(self, error: Exception | str) -> NoReturn:
         """Raise what is wrong, with the line that it stands on."""
         line = self._line
         if isinstance(error, json.JSONDecodeError):
-            line += self._text.count("\n", self.at, error.pos)
+            line += self._text.count("\n", self._at, error.pos)
             error = error.msg
         with located(f"{self._place}{line}"):
             raise _not_json(error) from None

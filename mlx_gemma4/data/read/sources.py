@@ -19,8 +19,7 @@ from .records import Raw, without_nulls
 __all__ = ["Input", "Source", "find_sources"]
 
 Input = Any
-"""Paths or Hub ids: one, several, or a dict of their weights. Or rows: a list of dicts, a
-`datasets.Dataset`, or a dict of such by split."""
+"""Paths or Hub ids, or a dict of their weights; or rows: dicts or a Dataset, or a dict by split."""
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(?<!\.jsonl)(?<!\.json)(?<!\.csv)(?<!\.parquet)")
 
@@ -96,9 +95,6 @@ def find_sources(
     return mix, [_splits_of(name, config) for name in mix]
 
 
-# ---------------------------------------------------------------- paths and their weights
-
-
 def parse_mix(source: Input) -> dict[str, float]:
     """Paths or Hub ids, and their weights.
 
@@ -138,9 +134,6 @@ def _splits_of(source: str, config: DataConfig) -> Mapping[str, Sequence[Source]
     return find_files(source)
 
 
-# ---------------------------------------------------------------- rows in memory
-
-
 def _is_table(rows: Any) -> bool:
     """Whether it is a `datasets.Dataset`; whoever has one has imported the library."""
     library = sys.modules.get("datasets")
@@ -173,9 +166,6 @@ def _by_split(tables: Mapping[str, Table], found: str) -> dict[str, list[Source]
         do = "name the training rows train, or set dataset_split"
         raise DataError(found, wanted="a split of the name train", do=do)
     return splits
-
-
-# ---------------------------------------------------------------- the Hub
 
 
 def _splits_of_dataset(name: str, source: str, config: DataConfig) -> dict[str, list[Source]]:
