@@ -1,1 +1,1 @@
-"""Files -> raw rows (read/) -> examples (chat/, store/) -> batches (batch/); a look (inspect.py)."""
+"""Files -> raw rows (read/) -> examples (chat/, store/) -> batches (batch/); a look (inspect)."""
