@@ -67,8 +67,7 @@ class RowOptions:
 
     Attributes:
         columns: our field -> the row's column; empty takes the fields as they are.
-        folder: where paths of images and audio begin, and which they may not leave.
-        media_anywhere: let them leave it.
+        folder: where paths of media begin, which they leave only where `media_anywhere` is set.
     """
 
     columns: Mapping[str, str]
@@ -163,7 +162,6 @@ def _row(record: dict, origin: str, options: RowOptions) -> Row:
 
 
 def _pair(prompt: Any, completion: Any) -> list:
-    """Two texts are a question and its answer; lists of turns are joined."""
     if isinstance(prompt, list) and isinstance(completion, list):
         return prompt + completion
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]

@@ -36,7 +36,7 @@ class Rendering:
     Attributes:
         messages: what the template was given; empty for a text row.
         quoted: where in the text markers stand that are the row's own, and open or end no turn.
-        generated: the template's mask of generated tokens, where it has `{% generation %}`.
+        generated: the template's mask (T) of `{% generation %}`, if it has that.
         removed: texts of reasoning that the template was not given.
     """
 
