@@ -7,8 +7,6 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
@@ -41,7 +39,7 @@ _CHUNK_ROWS, _CHUNK_BYTES = 1000, 1 << 20
 
 
 @dataclass(repr=False)
-class Dataset:
+class Dataset(Sequence[Example]):
     """Examples by split; indexing and length are those of `train`.
 
     Attributes:
@@ -70,9 +68,6 @@ class Dataset:
     def __getitem__(self, index: slice) -> Sequence[Example]: ...
     def __getitem__(self, index):
         return self.train[index]
-
-    def __iter__(self) -> Iterator[Example]:
-        return iter(self.train)
 
     def show(self, index: int = 0, split: str = "train") -> Shown:
         """An example to look at: targets are marked, special tokens are visible.
@@ -129,11 +124,9 @@ def read(source: Input, gemma: Gemma4 | TextSide, config: DataConfig = DataConfi
     """
     limit = gemma.plan.max_positions
     if config.max_seq_length > limit:
-        raise DataError(
-            f"max_seq_length is {config.max_seq_length}",
-            wanted=f"at most {limit}, the model's max_position_embeddings",
-            do="lower max_seq_length",
-        )
+        told = f"max_seq_length is {config.max_seq_length}"
+        wanted = f"at most {limit}, the model's max_position_embeddings"
+        raise DataError(told, wanted=wanted, do="lower max_seq_length")
     column_map(config.columns)  # refuses what is no map before anything is read
     weights, found = find_sources(source, config)
     everything = [part for splits in found for parts in splits.values() for part in parts]
@@ -147,24 +140,21 @@ def read(source: Input, gemma: Gemma4 | TextSide, config: DataConfig = DataConfi
             }
             for splits in found
         ]
-    facts = Facts()
-    for store in chain.from_iterable(parts for splits in stores for parts in splits.values()):
-        facts.add(store.facts)
     train, valid, test = (
         Examples([store for splits in stores for store in splits.get(split, ())])
         for split in SPLITS
     )
+    facts = Facts()
+    for store in (*train.stores, *valid.stores, *test.stores):
+        facts.add(store.facts)
     name = ", ".join(weights)
     if config.valid_fraction is not None:
         train, valid = _without_validation(train, valid, config.valid_fraction, name)
     sizes = [sum(map(len, splits["train"])) for splits in stores]
     train = _weighted(train, sizes, list(weights.values()))
     if not train:
-        raise DataError(
-            f"{name} leaves no example to train on",
-            wanted="at least one",
-            do="raise the weights, or lower valid_fraction",
-        )
+        do = "raise the weights, or lower valid_fraction"
+        raise DataError(f"{name} leaves no example to train on", wanted="at least one", do=do)
     formats = Counter(part.label for part in everything)
     return Dataset(name, config, train, valid, test, formats, facts, gemma.tokenizer)
 
@@ -172,17 +162,17 @@ def read(source: Input, gemma: Gemma4 | TextSide, config: DataConfig = DataConfi
 def _stores(source: Source, task: Task, workers: Workers, key: str | None) -> list[Store]:
     """The examples of a source; with the key of all that its tokens depend on, from the cache."""
     fingerprint = source.fingerprint() if key else None
-    if fingerprint:
-        parts = (key, source.place, source.label, fingerprint)
-        entry = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
-
-        def build(folder: Path) -> None:
-            write_store(_require_any(_by_workers(source, workers), source), folder)
-
-        return [open_store(cached(entry, build), source.place)]
-    if (source.count or 0) > _MANY_ROWS:
-        return list(_require_any(_by_workers(source, workers), source))
-    return list(_require_any((encode_chunk(task, chunk) for chunk in _chunks(source)), source))
+    if fingerprint or (source.count or 0) > _MANY_ROWS:
+        encoded = _by_workers(source, workers)
+    else:
+        encoded = (encode_chunk(task, chunk) for chunk in _chunks(source))
+    stores = _require_any(encoded, source)
+    if not fingerprint:
+        return list(stores)
+    made_of = json.dumps((key, source.place, source.label, fingerprint))
+    entry = hashlib.sha256(made_of.encode()).hexdigest()[:32]
+    folder = cached(entry, lambda folder: write_store(stores, folder))
+    return [open_store(folder, source.place)]
 
 
 def _by_workers(source: Source, workers: Workers) -> Iterator[Store]:
@@ -221,7 +211,7 @@ def _chunks(source: Source) -> Iterator[Chunk]:
 
 
 def _require_any(stores: Iterable[Store], source: Source) -> Iterator[Store]:
-    """The stores; it is an error if the last of them is passed and there was no example."""
+    """The stores, and after the last of them an error if there was no example."""
     count, facts = 0, Facts()
     for store in stores:
         count += len(store)
@@ -247,18 +237,13 @@ def _without_validation(
 ) -> tuple[Examples, Examples]:
     """(train, valid): a share of the rows, chosen by content, so that equal rows go together."""
     if valid:
-        raise ConfigError(
-            f"valid_fraction is {fraction}, and {source} has valid rows of its own",
-            wanted="one of them",
-            do="leave out valid_fraction, or remove the valid file",
-        )
+        found = f"valid_fraction is {fraction}, and {source} has valid rows of its own"
+        do = "leave out valid_fraction, or remove the valid file"
+        raise ConfigError(found, wanted="one of them", do=do)
     kinds = np.unique(train.digests)
     if len(kinds) < 2:
-        raise DataError(
-            f"{source} has {len(kinds)} different rows",
-            wanted="two or more, to set some apart for validation",
-            do="add rows, or leave out valid_fraction",
-        )
+        found, wanted = f"{source} has {len(kinds)} different rows", "two or more, to split them"
+        raise DataError(found, wanted=wanted, do="add rows, or leave out valid_fraction")
     count = min(max(round(len(kinds) * fraction), 1), len(kinds) - 1)
     is_valid = train.digests <= kinds[count - 1]
     return train.picked(train.order[~is_valid]), train.picked(train.order[is_valid])

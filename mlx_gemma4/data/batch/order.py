@@ -57,21 +57,15 @@ class BatchOrder:
 
     Args:
         lengths: positions that each example takes.
-        batch_size: rows in a batch; the last batch of an epoch may have fewer.
+        size: rows in a batch; the last batch of an epoch may have fewer.
         seed: with an epoch's number, all that its order depends on.
         capacity: positions of a packed row; None gives every example a row of its own, beside
             others of about its length.
     """
 
-    def __init__(
-        self,
-        lengths: Sequence[int] | np.ndarray,
-        batch_size: int,
-        seed: int,
-        capacity: int | None = None,
-    ):
+    def __init__(self, lengths: Sequence[int], size: int, seed: int, capacity: int | None = None):
         self.lengths = np.asarray(lengths, np.int64)
-        self.batch_size, self._seed, self.capacity = batch_size, seed, capacity
+        self.batch_size, self._seed, self.capacity = size, seed, capacity
 
     @classmethod
     def of(
@@ -82,10 +76,8 @@ class BatchOrder:
         packing: bool = True,
         seed: int = 0,
     ) -> BatchOrder:
-        """The batches of a split.
-
-        An example takes a position less than it has tokens: nothing follows its last. A packed row
-        has `max_seq_length` positions, or as many as the longest example takes.
+        """The batches of a split; a packed row has `max_seq_length` positions, or as many as the
+        longest example takes: one less than it has tokens, since nothing follows its last.
 
         >>> import numpy as np
         >>> from mlx_gemma4.data.example import Example
@@ -94,9 +86,9 @@ class BatchOrder:
         >>> order.capacity, order.in_file_order()
         (8, [[[0, 1]], [[2]]])
         """
-        positions = lengths_of(examples) - 1
-        capacity = max(max_seq_length, positions.max(initial=0)) if packing else None
-        return cls(positions, batch_size, seed, None if capacity is None else int(capacity))
+        positions = (lengths_of(examples) - 1).tolist()
+        capacity = max([max_seq_length, *positions]) if packing else None
+        return cls(positions, batch_size, seed, capacity)
 
     def largest_batch(self) -> tuple[int, int, int | None]:
         """(rows, positions of each, bound on the longest example) that no batch exceeds."""

@@ -95,10 +95,10 @@ class DataFile:
         kind = _kind(head, suffixes[-1].lower() if suffixes else "")
         if kind == "parquet" and compression:
             kind = "a compressed Parquet file"
-        if kind not in _READERS:
-            do = "convert the file, or name another"
-            raise DataError(f"{path} is {kind}", wanted=_WANTED, do=do)
-        return cls(path, kind, compression)
+        if kind in _READERS:
+            return cls(path, kind, compression)
+        do = "convert the file, or name another"
+        raise DataError(f"{path} is {kind}", wanted=_WANTED, do=do)
 
 
 @contextmanager
@@ -152,8 +152,7 @@ def hash_file(path: Path) -> str:
 def find_files(source: str | Path) -> dict[str, list[DataFile]]:
     """The files of each split: of a folder its train, valid and test files, of a file train.
 
-    A split may be one file (`train.jsonl`) or several (`train-00000-of-00002.parquet`); `dev`,
-    `val` and `validation` are other words for `valid`.
+    A split is one file or several (`train-00000-of-00002.parquet`); see SPLIT_NAMES for its names.
 
     Raises:
         DataError: neither, a folder without train file, or a split in two formats.
