@@ -218,13 +218,11 @@ def _require_any(stores: Iterable[Store], source: Source) -> Iterator[Store]:
         facts.add(store.facts)
         yield store
     if not count:
-        lost = {"were too long": facts.skipped, "cannot be used": facts.bad}
-        why = ", ".join(f"{count} {what}" for what, count in lost.items() if count)
-        raise DataError(
-            f"{_name_of(source)} holds no example" + (f" ({why})" if why else ""),
-            wanted="at least one row",
-            do="fill the file" + ", or raise max_seq_length" * (facts.skipped > 0),
-        )
+        found, do = f"{_name_of(source)} holds no example", "fill the file"
+        if facts.skipped or facts.bad:
+            found += f" ({facts.skipped} were too long, {facts.bad} cannot be used)"
+            do = "mend the rows, or raise max_seq_length"
+        raise DataError(found, wanted="at least one row", do=do)
 
 
 def _name_of(source: Source) -> str:

@@ -101,15 +101,11 @@ class Store:
         """Examples that are in memory."""
         packed = [e.tokens.astype(np.uint32) | e.mask * _TARGET_BIT for e in examples]
         digests = [hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in packed]
-        return cls(
-            tokens=np.concatenate([np.zeros(0, np.uint32), *packed]),
-            lengths=np.array([len(row) for row in packed], np.int64),
-            targets=np.array([example.num_targets for example in examples], np.int32),
-            numbers=np.array(numbers, np.int64),
-            digests=np.frombuffer(b"".join(digests), np.uint64),
-            facts=facts,
-            place=place,
-        )
+        tokens = np.concatenate([np.zeros(0, np.uint32), *packed])
+        lengths = np.array([len(row) for row in packed], np.int64)
+        targets = np.array([example.num_targets for example in examples], np.int32)
+        kinds = np.frombuffer(b"".join(digests), np.uint64)
+        return cls(tokens, lengths, targets, np.array(numbers, np.int64), kinds, facts, place)
 
     @cached_property
     def _ends(self) -> np.ndarray:

@@ -118,7 +118,7 @@ def test_a_cut_that_leaves_no_target_drops_the_example_and_says_so(tmp_path, gem
 def test_skipping_all_examples_is_an_error_with_their_number(tmp_path, gemma):
     config = g4.DataConfig(max_seq_length=20, overlong="skip")
     error = refused(tmp_path, gemma, config, train=[LONG, LONG])
-    assert "train.jsonl holds no example (2 were too long)" in error.found
+    assert "train.jsonl holds no example (2 were too long, 0 cannot be used)" in error.found
     assert "raise max_seq_length" in error.do
 
 

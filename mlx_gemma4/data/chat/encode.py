@@ -107,11 +107,8 @@ def _fit(example: Example, task: Task) -> Example | None:
     if task.config.overlong == "skip":
         return None
     if task.config.overlong == "error":
-        raise row_error(
-            f"has {len(example):,} tokens",
-            f"at most max_seq_length, {length:,}",
-            "raise max_seq_length, or set overlong to skip or truncate",
-        )
+        do = "raise max_seq_length, or set overlong to skip or truncate"
+        raise row_error(f"has {len(example):,} tokens", f"at most max_seq_length, {length:,}", do)
     kept = np.arange(length)
     if task.config.truncate_from == "start":
         kept[1:] += len(example) - length

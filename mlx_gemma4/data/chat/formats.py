@@ -95,11 +95,7 @@ def column_map(columns: Sequence[str]) -> dict[str, str]:
 
 
 def read_rows(path: str | Path) -> Iterator[Row]:
-    """The rows of a file, in the order they stand there; blank lines are passed over.
-
-    Raises:
-        DataError: the first row that cannot be used, by file and line.
-    """
+    """The rows of a file; a DataError names the first that cannot be used, by file and line."""
     file = DataFile.of(Path(path))
     options = RowOptions({}, file.folder)
     for number, raw in file.records():
@@ -107,11 +103,7 @@ def read_rows(path: str | Path) -> Iterator[Row]:
 
 
 def row_of(raw: Raw, origin: str, options: RowOptions) -> Row:
-    """A raw row as a Row.
-
-    Raises:
-        DataError: a row that cannot be used, by its origin.
-    """
+    """A raw row as a Row; a DataError names one that cannot be used, by its origin."""
     with located(origin):
         record = record_of(raw)
         if options.columns:
@@ -133,29 +125,26 @@ def _row(record: dict, origin: str, options: RowOptions) -> Row:
     elif {"prompt", "completion"} <= record.keys():
         shape, turns = "completions", _pair(record["prompt"], record["completion"])
     elif {"instruction", "output"} <= record.keys():
-        shape, turns = "alpaca", _pair(_instruction(record), record["output"])
+        asked, given = record["instruction"], _text(record.get("input") or "", "input")
+        asked = _text(asked, "instruction") + (f"\n\n{given}" if given.strip() else "")
+        shape, turns = "alpaca", _pair(asked, record["output"])
     elif "text" in record:
         text = record["text"]
         if not isinstance(text, str) or not text.strip():
             raise row_error(f"has text {str(text)[:40]!r}", "text that is not empty")
         return Row("text", (), text, origin)
     else:
-        raise row_error(
-            f"has the keys {_names(record) or '(none)'}",
-            "messages; conversations; prompt and completion; instruction and output; or text",
-            "rename the fields of the file, or map them: columns prompt=question ...",
-        )
+        wanted = "messages; conversations; prompt and completion; instruction and output; or text"
+        do = "rename the fields of the file, or map them: columns prompt=question ..."
+        raise row_error(f"has the keys {_names(record) or '(none)'}", wanted, do)
     turns = _from_json(turns, "messages")
     if not isinstance(turns, list) or not turns:
         raise row_error("messages is empty or no list", "a list of turns")
     if record.get("system") not in (None, ""):
         turns = [{"role": "system", "content": record["system"]}, *turns]
     messages = tuple(_conversation(add_media(turns, record), options))
-    given = record.get("tools") or record.get("functions") or []
-    tools = tuple(
-        {"type": "function", "function": without_nulls(function)}
-        for _, function in _functions(given, "tools")
-    )
+    functions = _functions(record.get("tools") or record.get("functions") or [], "tools")
+    tools = tuple({"type": "function", "function": without_nulls(f)} for _, f in functions)
     if shape == "chat" and (tools or any("tool_calls" in turn for turn in messages)):
         shape = "tools"
     return Row(shape, messages, "", origin, tools)
@@ -165,12 +154,6 @@ def _pair(prompt: Any, completion: Any) -> list:
     if isinstance(prompt, list) and isinstance(completion, list):
         return prompt + completion
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
-
-
-def _instruction(record: dict) -> str:
-    question = _text(record["instruction"], "instruction")
-    given = _text(record.get("input") or "", "input")
-    return f"{question}\n\n{given}" if given.strip() else question
 
 
 def _conversation(turns: list, options: RowOptions) -> Iterator[dict[str, Any]]:
@@ -183,11 +166,9 @@ def _conversation(turns: list, options: RowOptions) -> Iterator[dict[str, Any]]:
             turn = _turn(given, role, options)
             role, before = turn["role"], previous["role"]
             if role not in _MAY_FOLLOW[before]:
-                raise row_error(
-                    f"follows {before}" if before else "is the first",
-                    "a system turn at most first, then user and assistant in turn",
-                    "join turns of one speaker, and let a conversation begin with the user",
-                )
+                wanted = "a system turn at most first, then user and assistant in turn"
+                do = "join turns of one speaker, and let a conversation begin with the user"
+                raise row_error(f"follows {before}" if before else "is the first", wanted, do)
             if role == "tool" and before == "assistant" and "tool_calls" not in previous:
                 wanted = "an assistant turn with tool_calls before it"
                 raise row_error(f"answers turn {number - 1}, which calls no tool", wanted)

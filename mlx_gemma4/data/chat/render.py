@@ -65,11 +65,9 @@ def render(row: Row, tokenizer: Any, thinking: str, ends: tuple[str, str]) -> Re
         bos, eos = ends
         return Rendering(row, bos + row.text.removeprefix(bos).removesuffix(eos) + eos)
     if not tokenizer.chat_template:
-        raise row_error(
-            "is a conversation and the tokenizer has no chat template",
-            "chat_template.jinja, as the instruction-tuned (-it) checkpoints have it",
-            "train an -it checkpoint, or use text rows",
-        )
+        found = "is a conversation and the tokenizer has no chat template"
+        wanted = "chat_template.jinja, as the instruction-tuned (-it) checkpoints have it"
+        raise row_error(found, wanted, "train an -it checkpoint, or use text rows")
     _refuse_markers_in_answers(row, ends)
     thoughts = [thought for turn in row.messages for thought in _thoughts(turn)]
     messages: Sequence[dict[str, Any]] = row.messages
@@ -103,12 +101,9 @@ def _apply(tokenizer: Any, messages: Any, options: dict[str, Any]) -> Any:
 
 def _with_thoughts(turn: dict[str, Any], thinking: str) -> dict[str, Any]:
     """A message with its reasoning under the names that templates read, or without any."""
-    if turn["role"] != "assistant":
-        return turn
-    if thinking == "drop":
+    if turn["role"] == "assistant" and thinking == "drop":
         turn = {**turn, "content": _THOUGHT.sub("", turn["content"])}
         turn.pop("reasoning", None)
-        return turn
     return {**turn, "reasoning_content": turn["reasoning"]} if "reasoning" in turn else turn
 
 
@@ -116,10 +111,8 @@ def _thoughts(turn: dict[str, Any]) -> list[str]:
     """The reasoning of an assistant turn: its field, and channels within its text."""
     if turn["role"] != "assistant":
         return []
-    thoughts = [turn.get("reasoning", "").strip()]
-    if "<|channel>" in turn["content"]:
-        thoughts += [span.text for span in spans_of(turn["content"]) if span.kind == "thought"]
-    return [thought for thought in thoughts if thought]
+    within = [span.text for span in spans_of(turn["content"]) if span.kind == "thought"]
+    return [thought for thought in (turn.get("reasoning", "").strip(), *within) if thought]
 
 
 def _shows(text: str, quoted: frozenset[int], thoughts: list[str]) -> bool:
@@ -141,12 +134,9 @@ def _refuse_markers_in_answers(row: Row, ends: tuple[str, str]) -> None:
         for inner in _strings((turn.get("reasoning"), turn.get("tool_calls"))):
             found += [marker for marker in (*ends, *MARKERS) if marker in inner]
         if found:
-            held = " and ".join(dict.fromkeys(found))
-            raise row_error(
-                f"turn {number}, an answer, holds {held}",
-                "answers without the markers that the chat template sets",
-                "remove the markers from the answer",
-            )
+            what = f"turn {number}, an answer, holds {' and '.join(dict.fromkeys(found))}"
+            wanted = "answers without the markers that the chat template sets"
+            raise row_error(what, wanted, "remove the markers from the answer")
 
 
 def _quoted_markers(
@@ -201,8 +191,6 @@ def _require_all(row: Row, text: str, quoted: frozenset[int]) -> None:
     names = [tool["function"]["name"] for tool in row.tools]
     lost += [f"the tool {name}" for name in names if name not in text]
     if lost:
-        raise row_error(
-            f"the chat template leaves out {', '.join(lost)}",
-            "a template that renders the whole row",
-            "use Gemma 4's own template, or remove that part of the row",
-        )
+        found = f"the chat template leaves out {', '.join(lost)}"
+        do = "use Gemma 4's own template, or remove that part of the row"
+        raise row_error(found, "a template that renders the whole row", do)

@@ -65,13 +65,9 @@ class Mark(NamedTuple):
 
 
 class Span(NamedTuple):
-    """A part of a model turn: tokens[first:last].
+    """A part of a model turn: tokens[first:last], markers included, and its text without them.
 
-    Attributes:
-        kind: "text", "thought", "call", "response", or "end" for a token on which generation
-            stops.
-        text: what it holds, without its markers.
-        first, last: its tokens, markers included.
+    `kind` is "text", "thought", "call", "response", or "end" for a token that stops generation.
     """
 
     kind: str
@@ -96,9 +92,7 @@ def model_turns(text: str, marks: list[Mark], num_tokens: int, header: int) -> l
     """The spans of every turn of the model in a rendered conversation.
 
     Args:
-        marks: its markers with their tokens.
-        num_tokens: tokens of the text.
-        header: tokens of "model" and the line's end.
+        marks: its markers with their tokens; `header` tokens are "model" and the line's end.
     """
     ends = [*marks, Mark(TURN, len(text), num_tokens)]
     opens = [i for i, mark in enumerate(ends) if mark.marker == TURN]
@@ -233,8 +227,8 @@ def _spans_of_row(messages: list[dict[str, Any]]) -> list[Span]:
     spans = []
     for turn in messages:
         spans += [Span("thought", turn.get("reasoning", ""), 0, 0), *spans_of(turn["content"])]
-        names = [call["function"]["name"] for call in turn.get("tool_calls", ())]
-        spans += [Span("call", name, 0, 0) for name in names]
+        calls = turn.get("tool_calls", ())
+        spans += [Span("call", call["function"]["name"], 0, 0) for call in calls]
     return spans
 
 

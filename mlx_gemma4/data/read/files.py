@@ -161,34 +161,27 @@ def find_files(source: str | Path) -> dict[str, list[DataFile]]:
     if source.is_file():
         return {"train": [DataFile.of(source)]}
     if not source.is_dir():
-        raise DataError(
-            f"{source} does not exist" if not source.exists() else f"{source} is no file",
-            wanted="a folder with train.jsonl, a file of rows, or the id of a Hub dataset",
-            do="check the path given as data",
-        )
+        found = f"{source} is no file" if source.exists() else f"{source} does not exist"
+        wanted = "a folder with train.jsonl, a file of rows, or the id of a Hub dataset"
+        raise DataError(found, wanted=wanted, do="check the path given as data")
     with _readable(source):
-        paths = sorted(path for path in source.iterdir())
-    found: dict[str, list[re.Match]] = {split: [] for split in SPLITS}
+        paths = sorted(source.iterdir())
+    splits: dict[str, list[re.Match]] = {split: [] for split in SPLITS}
     for path in paths:
         if (match := _NAME.fullmatch(path.name)) and not path.is_dir():
-            found[SPLIT_NAMES[match[1]]].append(match)
-    if not found["train"]:
+            splits[SPLIT_NAMES[match[1]]].append(match)
+    if not splits["train"]:
         held = ", ".join(path.name for path in paths[:10]) or "nothing"
-        raise DataError(
-            f"{source} has no train.jsonl; it holds {held}",
-            wanted="train.jsonl (.json, .csv, .parquet), and if you have them valid and test",
-            do="rename the file, or name the file itself as data",
-        )
-    for split, names in found.items():
+        found = f"{source} has no train.jsonl; it holds {held}"
+        wanted = "train.jsonl (.json, .csv, .parquet), and if you have them valid and test"
+        raise DataError(found, wanted=wanted, do="rename the file, or name it as data")
+    for split, names in splits.items():
         if len({name.groups() for name in names}) > 1:
-            raise DataError(
-                f"{source} has the {split} split in several forms:"
-                + listing(name.string for name in names),
-                wanted="one form of each split",
-                do="remove those that are not meant",
-            )
+            several = listing(name.string for name in names)
+            found = f"{source} has the {split} split in several forms:{several}"
+            raise DataError(found, wanted="one form of each split", do="remove the others")
     return {
         split: [DataFile.of(source / name.string) for name in names]
-        for split, names in found.items()
+        for split, names in splits.items()
         if names
     }

@@ -86,11 +86,9 @@ def find_sources(
     if isinstance(given, Mapping) and any(map(_are_rows, given.values())):
         return {"rows": 1.0}, [_splits_of_rows(given)]
     if not isinstance(given, (str, Path, Sequence, Mapping)):
-        raise DataError(
-            f"data is a {type(given).__name__}",
-            wanted="paths, a Hub id, a list of dicts, a datasets.Dataset, or a dict of splits",
-            do="make a list of the rows",
-        )
+        found = f"data is a {type(given).__name__}"
+        wanted = "paths, a Hub id, a list of dicts, a datasets.Dataset, or a dict of splits"
+        raise DataError(found, wanted=wanted, do="make a list of the rows")
     mix = parse_mix(given)
     return mix, [_splits_of(name, config) for name in mix]
 
@@ -148,11 +146,9 @@ def _are_rows(given: Any) -> bool:
 def _splits_of_rows(given: Mapping[str, Any]) -> dict[str, list[Source]]:
     for name, rows in given.items():
         if name not in SPLIT_NAMES or not (_are_rows(rows) or rows == []):
-            raise DataError(
-                f"the rows hold the split {name!r}, a {type(rows).__name__}",
-                wanted=f"lists of dicts or datasets under the names {', '.join(SPLIT_NAMES)}",
-                do="rename the split, or leave it out",
-            )
+            found = f"the rows hold the split {name!r}, a {type(rows).__name__}"
+            wanted = f"lists of dicts or datasets under the names {', '.join(SPLIT_NAMES)}"
+            raise DataError(found, wanted=wanted, do="rename the split, or leave it out")
     tables = {name: Table(f"rows[{name!r}][", rows) for name, rows in given.items() if rows}
     return _by_split(tables, f"the rows hold the splits {', '.join(given)}, and no row to train on")
 
@@ -176,11 +172,10 @@ def _splits_of_dataset(name: str, source: str, config: DataConfig) -> dict[str, 
     try:
         loaded = datasets.load_dataset(source, config.dataset_config, split=part)
     except (OSError, ValueError, KeyError, DatasetsError) as error:
-        raise DataError(
-            f"the dataset {name} cannot be loaded: {' '.join(str(error).split())}",
-            wanted="a path on this machine, or the id of a Hub dataset with its configuration",
-            do="check the name, dataset_config, dataset_split, and the connection",
-        ) from None
+        found = f"the dataset {name} cannot be loaded: {' '.join(str(error).split())}"
+        wanted = "a path on this machine, or the id of a Hub dataset with its configuration"
+        do = "check the name, dataset_config, dataset_split, and the connection"
+        raise DataError(found, wanted=wanted, do=do) from None
     tables = {
         split: Table(f"{name}[{part or split}]:row ", table, "hub")
         for split, table in ({"train": loaded} if part else loaded).items()

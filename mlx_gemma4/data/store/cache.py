@@ -75,11 +75,9 @@ def cached(key: str, build: Callable[[Path], Any]) -> Path:
                 with new_folder(folder, sync=True) as partial:
                     build(partial)
     except OSError as error:
-        raise DataError(
-            f"cannot write the token cache {root}: {error}",
-            wanted="room for four bytes a token",
-            do="free some space, or set MLX_GEMMA4_CACHE to another folder",
-        ) from None
+        found = f"cannot write the token cache {root}: {error}"
+        do = "free some space, or set MLX_GEMMA4_CACHE to another folder"
+        raise DataError(found, wanted="room for four bytes a token", do=do) from None
     return folder
 
 

@@ -62,11 +62,9 @@ class Workers(contextlib.AbstractContextManager):
             result = pickle.load(process.stdout)
         except (OSError, EOFError, pickle.UnpicklingError) as error:
             code = process.wait(10) if process else None
-            raise DataError(
-                f"a tokenizing process ended (exit code {code}): {error}",
-                wanted="enough memory for one process per core",
-                do="close other programs and run again; what was read so far is not kept",
-            ) from None
+            found = f"a tokenizing process ended (exit code {code}): {error}"
+            do = "close other programs and run again; what was read so far is not kept"
+            raise DataError(found, wanted="memory for a process per core", do=do) from None
         if isinstance(result, Exception):
             raise result
         return result
