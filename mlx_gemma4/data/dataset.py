@@ -179,13 +179,14 @@ def _by_workers(source: Source, workers: Workers) -> Iterator[Store]:
     from tqdm import tqdm
 
     by_bytes = source.label == "jsonl"
+    total, unit = (source.size, "B") if by_bytes else (source.count, " rows")
+    name = _name_of(source).rsplit("/", 1)[-1]
     with tqdm(
-        desc=f"tokenizing {_name_of(source).rsplit('/', 1)[-1]}",
-        total=source.size if by_bytes else source.count,
-        unit="B" if by_bytes else " rows",
+        desc=f"tokenizing {name}",
+        total=total,
+        unit=unit,
         unit_scale=True,
         disable=None,
-        dynamic_ncols=True,
         leave=False,
     ) as bar:
 

@@ -79,8 +79,6 @@ class BatchOrder:
         """The batches of a split; a packed row has `max_seq_length` positions, or as many as the
         longest example takes: one less than it has tokens, since nothing follows its last.
 
-        >>> import numpy as np
-        >>> from mlx_gemma4.data.example import Example
         >>> some = [Example(np.arange(n), np.ones(n, bool), "here") for n in (6, 4, 5)]
         >>> order = BatchOrder.of(some, max_seq_length=8)
         >>> order.capacity, order.in_file_order()

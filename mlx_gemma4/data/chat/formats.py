@@ -76,10 +76,7 @@ class RowOptions:
 
 
 def column_map(columns: Sequence[str]) -> dict[str, str]:
-    """`("prompt=question", ...)` as {"prompt": "question"}.
-
-    Raises:
-        ConfigError: something other than field=column.
+    """`("prompt=question", ...)` as {"prompt": "question"}; a ConfigError for anything else.
 
     >>> column_map(["prompt=question", "completion=answer"])
     {'prompt': 'question', 'completion': 'answer'}

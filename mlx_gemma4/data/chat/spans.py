@@ -148,10 +148,8 @@ def check_against_row(
 
     Returns:
         for every model turn whether it may be a target (`"train": False` forbids it), and how many
-        texts of reasoning of the row are not in the rendering.
-
-    Raises:
-        DataError: they differ; with a picture of both.
+        texts of reasoning of the row are not in the rendering. Where else they differ a DataError
+        shows both.
     """
     groups = _groups(messages, len(turns))
     parts = turns if len(groups) == len(turns) else [list(chain(*turns))]
@@ -189,10 +187,7 @@ def check_against_generation(
     """Hold the model turns against `generated`, the template's mask (T) of `{% generation %}`.
 
     Templates differ in whether the end of a turn and its line are marked, and may leave out
-    `silent` spans, reasoning that is no target; all else must be the same.
-
-    Raises:
-        DataError: they differ; with a picture of both.
+    `silent` spans, reasoning that is no target. Where else they differ a DataError shows both.
     """
     ours, compared = np.zeros(len(tokens), bool), np.ones(len(tokens), bool)
     for span in chain(*turns):
@@ -214,13 +209,14 @@ def _groups(messages: Sequence[dict[str, Any]], num_turns: int) -> list[list[dic
 
     A template makes a turn of each message, or of all between two questions.
     """
-    singles = [[turn] for turn in messages if turn["role"] == "assistant"]
+    ours = [turn for turn in messages if turn["role"] == "assistant"]
     runs = groupby(messages, lambda turn: turn["role"] in ("assistant", "tool"))
-    joined = [[turn for turn in run if turn["role"] == "assistant"] for ours, run in runs if ours]
-    for groups in (singles, joined):
-        if len(groups) == num_turns:
-            return groups
-    return [list(chain(*singles))]
+    joined = [
+        [turn for turn in run if turn["role"] == "assistant"] for is_ours, run in runs if is_ours
+    ]
+    if len(ours) == num_turns:
+        return [[turn] for turn in ours]
+    return joined if len(joined) == num_turns else [ours]
 
 
 def _spans_of_row(messages: list[dict[str, Any]]) -> list[Span]:

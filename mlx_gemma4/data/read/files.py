@@ -70,11 +70,7 @@ class DataFile:
         return f"{self.label} {hash_file(self.path)}"
 
     def records(self) -> Iterator[tuple[int, Raw]]:
-        """(line, raw row) of every row; blank lines are passed over.
-
-        Raises:
-            DataError: the file as a whole cannot be read on.
-        """
+        """(line, raw row) of every row; a DataError if the file as a whole cannot be read on."""
         with _readable(self.path), _opened(self.path, self.compression) as stream:
             yield from _READERS[self.kind](stream, self.place)
 
@@ -82,8 +78,7 @@ class DataFile:
     def of(cls, path: Path) -> DataFile:
         """What a file is, by its first bytes; its name decides only what those leave open.
 
-        Raises:
-            DataError: a file that cannot be read, or holds something other than rows.
+        A DataError refuses a file that cannot be read, or holds something other than rows.
         """
         with _readable(path):
             with path.open("rb") as file:

@@ -28,13 +28,6 @@ _MOST_BYTES = 8_000_000
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON number")
-
-
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
-
-
 class Cells(NamedTuple):
     """A line of a CSV file: its cells, and the names that the first line gives them."""
 
@@ -59,9 +52,8 @@ def located(place: str) -> Iterator[None]:
 def record_of(raw: Raw) -> dict[str, Any]:
     """A raw row as a dict.
 
-    Raises:
-        DataError: a row that is too long, not UTF-8, not JSON or no object, or a CSV line with
-            more or fewer cells than the first.
+    A DataError refuses what is too long, not UTF-8, not JSON or no object, or a CSV line with more
+    or fewer cells than the first.
     """
     if isinstance(raw, Cells):
         if len(raw.cells) != len(raw.names):
@@ -167,6 +159,13 @@ def _not_json(error: Exception | str) -> DataError:
     if isinstance(error, json.JSONDecodeError):
         told = f"{error.msg}, column {error.colno}"
     return row_error(f"is not JSON: {told}", "one JSON object a line")
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
 class _JsonText:
