@@ -36,6 +36,7 @@ _MANY_ROWS = 20_000
 """More rows in memory than this are worth starting worker processes."""
 
 _CHUNK_ROWS, _CHUNK_BYTES = 1000, 1 << 20
+_BAR: dict[str, Any] = {"unit_scale": True, "disable": None, "leave": False}
 
 
 @dataclass(repr=False)
@@ -181,14 +182,7 @@ def _by_workers(source: Source, workers: Workers) -> Iterator[Store]:
     by_bytes = source.label == "jsonl"
     total, unit = (source.size, "B") if by_bytes else (source.count, " rows")
     name = _name_of(source).rsplit("/", 1)[-1]
-    with tqdm(
-        desc=f"tokenizing {name}",
-        total=total,
-        unit=unit,
-        unit_scale=True,
-        disable=None,
-        leave=False,
-    ) as bar:
+    with tqdm(desc=f"tokenizing {name}", total=total, unit=unit, **_BAR) as bar:
 
         def told() -> Iterator[Chunk]:
             for chunk in _chunks(source):
@@ -245,7 +239,8 @@ def _without_validation(
         raise DataError(found, wanted=wanted, do="add rows, or leave out valid_fraction")
     count = min(max(round(len(kinds) * fraction), 1), len(kinds) - 1)
     is_valid = train.digests <= kinds[count - 1]
-    return train.picked(train.order[~is_valid]), train.picked(train.order[is_valid])
+    rest, chosen = train.order[~is_valid], train.order[is_valid]
+    return Examples(train.stores, rest), Examples(train.stores, chosen)
 
 
 def _weighted(train: Examples, sizes: Sequence[int], weights: Sequence[float]) -> Examples:
@@ -259,4 +254,4 @@ def _weighted(train: Examples, sizes: Sequence[int], weights: Sequence[float]) -
         whole, part = divmod(weight, 1)
         drawn = np.random.default_rng([0, len(own)]).permutation(len(own))
         order += [own] * int(whole) + [own[np.sort(drawn[: round(part * len(own))])]]
-    return train.picked(np.concatenate(order))
+    return Examples(train.stores, np.concatenate(order))

@@ -11,7 +11,7 @@ from typing import overload
 
 import numpy as np
 
-__all__ = ["Example", "Examples", "Facts", "Store", "lengths_of", "origin_of"]
+__all__ = ["Example", "Examples", "Facts", "Store", "origin_of"]
 
 _TARGET_BIT = np.uint32(1 << 31)
 """The bit of a stored token that says it is a target; ids are far below it."""
@@ -147,10 +147,6 @@ class Examples(Sequence[Example]):
         store = Store.of(examples, range(len(examples)), Facts())
         return cls([replace(store, origins=[example.origin for example in examples])])
 
-    def picked(self, order: np.ndarray) -> Examples:
-        """The same stores in another order, or a part of them."""
-        return Examples(self.stores, order)
-
     def __len__(self) -> int:
         return len(self.order)
 
@@ -160,7 +156,7 @@ class Examples(Sequence[Example]):
     def __getitem__(self, index: slice) -> Examples: ...
     def __getitem__(self, index):
         if isinstance(index, slice):
-            return self.picked(self.order[index])
+            return Examples(self.stores, self.order[index])
         position = self.order[index]
         store = int(np.searchsorted(self._firsts, position, "right")) - 1
         return self.stores[store][int(position - self._firsts[store])]
@@ -186,10 +182,3 @@ class Examples(Sequence[Example]):
 
     def __repr__(self) -> str:
         return f"<{len(self):,} examples>"
-
-
-def lengths_of(examples: Sequence[Example]) -> np.ndarray:
-    """Tokens of each example; those of a split are known without making it."""
-    if isinstance(examples, Examples):
-        return examples.lengths
-    return np.array([len(example) for example in examples], np.int64)

@@ -136,20 +136,17 @@ def report(figures: dict[str, Any]) -> str:
         bar = "█" * -(-count * _BAR // most)
         lines.append(f"  {lower:>6,} - {edge:>6,}  {bar:{_BAR}}  {count:,}")
         lower = edge
-    lines.append(
-        f"  median {train['median']:,.0f}, longest {train['longest']:,} at {train['longest_at']}"
-    )
-    repeated = {name: split["duplicates"] for name, split in figures["splits"].items()}
-    lines.append("  duplicates: " + ", ".join(f"{n:,} in {s}" for s, n in repeated.items()))
+    longest = f"{train['longest']:,} at {train['longest_at']}"
+    lines.append(f"  median {train['median']:,.0f}, longest {longest}")
+    repeated = [f"{s['duplicates']:,} in {name}" for name, s in figures["splits"].items()]
+    lines.append("  duplicates: " + ", ".join(repeated))
     for pair, count in figures["across_splits"].items():
         leak = "  <- evaluated on what is trained on" if count and "train" in pair else ""
         lines.append(f"  in both {pair}: {count:,}{leak}")
     epoch = figures["epoch"]
+    steps = f"{epoch['batches']:,} steps of {epoch['batch_size']}"
     what = "packed rows" if epoch["packed"] else "examples"
-    lines.append(
-        f"  an epoch: {epoch['batches']:,} steps of {epoch['batch_size']} {what}, "
-        f"{epoch['padding']:.1%} padding"
-    )
+    lines.append(f"  an epoch: {steps} {what}, {epoch['padding']:.1%} padding")
     return "\n".join(lines)
 
 
@@ -169,14 +166,13 @@ class Shown:
         special = np.isin(example.tokens, sorted(known))
         kinds = np.stack([example.mask, special], 1)
         cuts = np.flatnonzero((kinds[1:] != kinds[:-1]).any(1) | special[1:]) + 1
-        pieces = []
-        for ids, kind in zip(np.split(example.tokens, cuts), np.split(kinds, cuts)):
-            text = tokenizer.decode(
-                ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False
-            )
-            pieces.append((text, bool(kind[0, 0]), bool(kind[0, 1])))
+        how = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+        pieces = tuple(
+            (tokenizer.decode(ids.tolist(), **how), bool(kind[0, 0]), bool(kind[0, 1]))
+            for ids, kind in zip(np.split(example.tokens, cuts), np.split(kinds, cuts))
+        )
         title = f"{name} {example.origin}, {len(example)} tokens, {example.num_targets} targets"
-        return cls(title, tuple(pieces))
+        return cls(title, pieces)
 
     def text(self, *, colour: bool = False) -> str:
         """The example; ⟦ and ⟧ stand around targets."""

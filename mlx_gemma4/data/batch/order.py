@@ -8,7 +8,7 @@ from itertools import count, islice
 
 import numpy as np
 
-from ..example import Example, lengths_of
+from ..example import Example, Examples
 
 __all__ = ["BatchOrder", "Rows", "bucket", "longest_bound", "pack", "padded_length"]
 
@@ -84,7 +84,7 @@ class BatchOrder:
         >>> order.capacity, order.in_file_order()
         (8, [[[0, 1]], [[2]]])
         """
-        positions = (lengths_of(examples) - 1).tolist()
+        positions = (Examples.of(examples).lengths - 1).tolist()
         capacity = max([max_seq_length, *positions]) if packing else None
         return cls(positions, batch_size, seed, capacity)
 

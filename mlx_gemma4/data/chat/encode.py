@@ -214,7 +214,8 @@ class Encoder:
         places = np.flatnonzero(self._is_marker[tokens])
         whole = [self._ids[mark.marker] for mark in marks] == tokens[places].tolist()
         marks = [Mark(m.marker, m.char, place) for m, place in zip(marks, places.tolist())]
-        if not whole or not all(self._header_is_whole(text, tokens, mark) for mark in marks):
+        opens = [m for m in marks if m.marker == TURN and text.startswith("model\n", m.end)]
+        if not whole or not all(self._header_is_whole(text, tokens, mark) for mark in opens):
             found = "the tokenizer joins the chat template's markers with other text"
             wanted = f"a token for each of {' '.join(MARKERS)}, and for what stands between them"
             raise row_error(found, wanted, _CHECKPOINT)
@@ -222,8 +223,6 @@ class Encoder:
 
     def _header_is_whole(self, text: str, tokens: np.ndarray, mark: Mark) -> bool:
         """Whether a model turn's text begins at a token of its own, or with white space."""
-        if mark.marker != TURN or not text.startswith("model\n", mark.end):
-            return True
-        first = mark.token + 1
+        answer, first = mark.end + len("model\n"), mark.token + 1
         written = tokens[first : first + len(self._header)].tolist()
-        return written == self._header or text[mark.end + len("model\n") :][:1].isspace()
+        return written == self._header or text[answer : answer + 1].isspace()
