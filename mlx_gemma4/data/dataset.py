@@ -32,9 +32,7 @@ __all__ = ["Dataset", "read"]
 SMALL = 8_000_000
 """Files up to this many bytes are read anew every time, in this process."""
 
-_MANY_ROWS = 20_000
-"""More rows in memory than this are worth starting worker processes."""
-
+_MANY_ROWS = 20_000  # in memory: more are worth starting worker processes
 _CHUNK_ROWS, _CHUNK_BYTES = 1000, 1 << 20
 _BAR: dict[str, Any] = {"unit_scale": True, "disable": None, "leave": False}
 

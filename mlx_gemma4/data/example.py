@@ -29,8 +29,7 @@ class Example:
     """One training example.
 
     Attributes:
-        tokens: token ids.
-        mask: the loss mask: for every token, whether it is a target.
+        tokens, mask: token ids, and the loss mask: for each (T) whether it is a target.
         origin: "file:line", for messages.
     """
 
@@ -54,8 +53,7 @@ class Facts:
     Attributes:
         shapes: rows by the shape they were written in.
         skipped, truncated: examples over max_seq_length, left out or cut.
-        bad: rows left out because they cannot be used.
-        bad_rows: what was wrong with the first of them.
+        bad, bad_rows: rows that cannot be used, and what was wrong with the first of them.
         notes: what else is to be told, by sentence.
     """
 

@@ -41,12 +41,9 @@ class Task:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some raw rows of one source.
+    """Some raw rows of one source, each with its number, which follows `place` in messages.
 
-    Attributes:
-        place: what stands before a row's number in messages.
-        folder: where paths of media begin.
-        rows: (number, raw row).
+    Paths of media begin in `folder`.
     """
 
     place: str
@@ -146,13 +143,9 @@ class Encoder:
         return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
     def example(self, rendering: Rendering, tokens: np.ndarray, notes: Counter[str]) -> Example:
-        """A rendering and its tokens as an example.
+        """A rendering and its tokens as an example; what a person should know goes into `notes`.
 
-        Args:
-            notes: counts what a person should know, such as reasoning that the template leaves out.
-
-        Raises:
-            DataError: no target token, or the model's turns are not what the row says.
+        A DataError says that there is no target, or that the model's turns are not the row's.
         """
         count, bos = np.count_nonzero(tokens == self._bos_id), self.ends[0]
         if count != 1 or tokens[0] != self._bos_id:

@@ -49,7 +49,6 @@ class Row:
     Attributes:
         shape: "chat", "tools", "sharegpt", "completions", "alpaca" or "text", as it was written.
         messages: turns, as the head of this file describes them; empty for text.
-        text: the text; empty for a conversation.
         origin: "file:line".
         tools: the tools that a conversation may use, as JSON schemas.
     """
@@ -215,7 +214,7 @@ def _reasoning(turn: dict, content: Any) -> str:
     texts = [turn[key] for key in _REASONING if turn.get(key)]
     if isinstance(content, list):
         texts += [part["thinking"] for part in content if part.get("type") == "thinking"]
-    if any(not isinstance(text, str) for text in texts) or len(set(texts)) > 1:
+    if not all(isinstance(text, str) for text in texts) or len(set(texts)) > 1:
         found = f"has {len(texts)} fields of reasoning, or one that is no text"
         raise row_error(found, f"one text: {', '.join(_REASONING)}")
     return texts[0] if texts else ""

@@ -22,8 +22,6 @@ from .spans import MARKER, MARKERS, TURN, find_marks, model_turns, spans_of
 __all__ = ["Rendering", "render"]
 
 _ERRORS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
-"""What a template may raise over a row, besides Jinja's own errors."""
-
 _THOUGHT = re.compile(r"<\|channel>.*?<channel\|>", re.DOTALL)
 _CALLED = re.compile(r"<\|tool_(call|response)>.*?<tool_\1\|>", re.DOTALL)
 _marks_generation = lru_cache(maxsize=8)(re.compile(r"{%-?\s*generation\s*-?%}").search)
@@ -58,8 +56,7 @@ def render(row: Row, tokenizer: Any, thinking: str, ends: tuple[str, str]) -> Re
         ends: the tokenizer's `<bos>` and `<eos>`.
 
     Raises:
-        DataError: the template refuses the row or leaves out part of it, or the row's text holds
-            what the model could never write.
+        DataError: the template refuses the row or leaves out a part; an answer no model writes.
     """
     if row.shape == "text":
         bos, eos = ends
@@ -94,7 +91,7 @@ def _apply(tokenizer: Any, messages: Any, options: dict[str, Any]) -> Any:
 
     try:
         return tokenizer.apply_chat_template(messages, **options)
-    except (TemplateError, *_ERRORS) as error:
+    except (TemplateError, *_ERRORS) as error:  # of Jinja, and of Python within the template
         found = f"is refused by the model's chat template: {error}"
         raise row_error(found, "roles and fields as the template allows them") from None
 

@@ -33,12 +33,7 @@ _WANTED = "rows as JSONL, JSON, CSV or Parquet, in UTF-8, also .gz or .zst"
 
 @dataclass(frozen=True)
 class DataFile:
-    """A file of rows.
-
-    Attributes:
-        kind: "jsonl", "json", "csv" or "parquet".
-        compression: ".gz", ".zst" or "".
-    """
+    """A file of rows; its kind is one of _READERS, its compression ".gz", ".zst" or ""."""
 
     path: Path
     kind: str
@@ -149,8 +144,7 @@ def find_files(source: str | Path) -> dict[str, list[DataFile]]:
 
     A split is one file or several (`train-00000-of-00002.parquet`); see SPLIT_NAMES for its names.
 
-    Raises:
-        DataError: neither, a folder without train file, or a split in two formats.
+    A DataError refuses a path that is neither, no train file, and a split in two formats.
     """
     source = Path(source).expanduser()
     if source.is_file():

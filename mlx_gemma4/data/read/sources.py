@@ -26,12 +26,9 @@ _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(?<!\.jsonl)(?<!\.json)(?<!\.csv)(?
 
 @dataclass(frozen=True)
 class Table:
-    """Rows that the caller has, or a split of a Hub dataset, which stays in Arrow files.
+    """Rows that the caller has, dicts or a Dataset, or a split ("hub") that stays in Arrow files.
 
-    Attributes:
-        place: what stands before a row's number in messages: "rows[", "owner/name[train]:row ".
-        rows: a sequence of dicts, or a `datasets.Dataset`.
-        label: what it is, for the summary: "rows" or "hub".
+    `place` stands before a row's number in messages: "rows[", "owner/name[train]:row ".
     """
 
     place: str
@@ -124,11 +121,9 @@ def _weight(source: str) -> tuple[str, float]:
 def _splits_of(source: str, config: DataConfig) -> Mapping[str, Sequence[Source]]:
     """Of a Hub id, or a folder of which a configuration or split is asked for, by `datasets`."""
     path = Path(source).expanduser()
-    by_datasets = config.dataset_config or config.dataset_split
-    if path.is_dir() and by_datasets:
-        return _splits_of_dataset(source, str(path), config)
-    if not path.exists() and _ID.fullmatch(source):
-        return _splits_of_dataset(source, source, config)
+    is_named = config.dataset_config or config.dataset_split
+    if (path.is_dir() and is_named) or (not path.exists() and _ID.fullmatch(source)):
+        return _splits_of_dataset(source, config)
     return find_files(source)
 
 
@@ -164,20 +159,19 @@ def _by_split(tables: Mapping[str, Table], found: str) -> dict[str, list[Source]
     return splits
 
 
-def _splits_of_dataset(name: str, source: str, config: DataConfig) -> dict[str, list[Source]]:
+def _splits_of_dataset(name: str, config: DataConfig) -> dict[str, list[Source]]:
     import datasets
     from datasets.exceptions import DatasetsError
 
     part = config.dataset_split
     try:
-        loaded = datasets.load_dataset(source, config.dataset_config, split=part)
+        path = str(Path(name).expanduser())
+        loaded = datasets.load_dataset(path, config.dataset_config, split=part)
     except (OSError, ValueError, KeyError, DatasetsError) as error:
         found = f"the dataset {name} cannot be loaded: {' '.join(str(error).split())}"
         wanted = "a path on this machine, or the id of a Hub dataset with its configuration"
         do = "check the name, dataset_config, dataset_split, and the connection"
         raise DataError(found, wanted=wanted, do=do) from None
-    tables = {
-        split: Table(f"{name}[{part or split}]:row ", table, "hub")
-        for split, table in ({"train": loaded} if part else loaded).items()
-    }
+    splits = {"train": loaded} if part else loaded
+    tables = {s: Table(f"{name}[{part or s}]:row ", splits[s], "hub") for s in splits}
     return _by_split(tables, f"the dataset {name} has the splits {', '.join(tables)}")

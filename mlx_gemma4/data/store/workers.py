@@ -1,7 +1,7 @@
 """Processes that turn rows into examples, one per core.
 
-They are Python processes of our own with pipes, not `multiprocessing`: that would run the
-user's script again in each of them, and cannot start from every notebook.
+They are our own, with pipes: `multiprocessing` would run the user's script again in each of them,
+and cannot start from every notebook.
 """
 
 from __future__ import annotations
