@@ -77,18 +77,20 @@ def _coerce(value: Any, kind: Any, key: str) -> Any:
         if value in options:
             return value
         wanted = "one of " + ", ".join(map(str, options))
-    elif origin is tuple:
+    elif origin in (tuple, Mapping):
         if isinstance(value, str):
             value = value.replace(",", " ").split()
-        if isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):
+        is_list = isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value)
+        if origin is tuple and is_list:
             return tuple(value)
-        wanted = "a list of names"
-    elif origin is Mapping:
-        if isinstance(value, (list, tuple)) and all("=" in str(pair) for pair in value):
-            value = {name: _number(text) for name, _, text in (p.rpartition("=") for p in value)}
-        if isinstance(value, Mapping) and all(isinstance(name, str) for name in value):
+        if origin is Mapping and is_list and all("=" in pair for pair in value):
+            value = dict(pair.split("=", 1) for pair in value)
+            if options[1] is int:  # a float takes its text below, and wrong text its message
+                value = {name: int(v) if v.isdecimal() else v for name, v in value.items()}
+        is_map = isinstance(value, Mapping) and all(isinstance(name, str) for name in value)
+        if origin is Mapping and is_map:
             return {name: _coerce(v, options[1], f"{key}.{name}") for name, v in value.items()}
-        wanted = "names with numbers, such as q_proj=16 down_proj=4"
+        wanted = "a list of names" if origin is tuple else "pairs, such as name=value"
     elif kind is float:
         if not isinstance(value, bool):
             with contextlib.suppress(TypeError, ValueError):
@@ -101,14 +103,6 @@ def _coerce(value: Any, kind: Any, key: str) -> Any:
             return value
         wanted = {bool: "true or false", int: "a whole number", str: "text"}[kind]
     raise wrong(key, repr(value), wanted)
-
-
-def _number(text: str) -> int | float | str:
-    """A flag's number; what is none stays text, for the message."""
-    for kind in (int, float):
-        with contextlib.suppress(ValueError):
-            return kind(text)
-    return text
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -235,7 +229,7 @@ def _add_flags(parser: argparse.ArgumentParser, part: Part) -> None:
         elif origin is Literal:
             options.update(choices=choices, type=type(choices[0]))
         elif origin in (tuple, Mapping):
-            options.update(nargs="+", metavar="NAME" if origin is tuple else "NAME=N")
+            options.update(nargs="+", metavar="NAME" if origin is tuple else "NAME=VALUE")
         else:
             options.update(type=kind, metavar={int: "N", float: "X"}.get(kind, "TEXT"))
         if item.name in part.positional:

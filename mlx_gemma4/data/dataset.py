@@ -16,7 +16,6 @@ from ..errors import ConfigError, DataError
 from ..model.text import TextSide
 from .batch.order import BatchOrder
 from .chat.encode import Chunk, Task, encode_chunk
-from .chat.formats import column_map
 from .example import Example, Examples, Facts, Store
 from .inspect import Shown, of_epoch, of_splits, summary
 from .read.files import SPLITS
@@ -126,7 +125,6 @@ def read(source: Input, gemma: Gemma4 | TextSide, config: DataConfig = DataConfi
         told = f"max_seq_length is {config.max_seq_length}"
         wanted = f"at most {limit}, the model's max_position_embeddings"
         raise DataError(told, wanted=wanted, do="lower max_seq_length")
-    column_map(config.columns)  # refuses what is no map before anything is read
     weights, found = find_sources(source, config)
     everything = [part for splits in found for parts in splits.values() for part in parts]
     task = Task(gemma.tokenizer, gemma.plan.vocab_size, config)

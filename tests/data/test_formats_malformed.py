@@ -299,7 +299,7 @@ def test_one_row_cannot_be_split(tmp_path, refused):
 
 def test_columns_that_are_no_pairs(tmp_path, refused):
     (tmp_path / "a.jsonl").write_bytes(GOOD)
-    assert "columns holds 'prompt'" in refused(tmp_path / "a.jsonl", "--columns", "prompt")
+    assert "columns is ['prompt']" in refused(tmp_path / "a.jsonl", "--columns", "prompt")
 
 
 def test_the_command_itself_ends_with_2_and_no_traceback(tmp_path, tiny):

@@ -10,7 +10,7 @@ import pytest
 
 from mlx_gemma4.config import DataConfig
 from mlx_gemma4.data.chat.encode import Chunk, Task, encode_chunk
-from mlx_gemma4.data.chat.formats import RowOptions, column_map, row_of
+from mlx_gemma4.data.chat.formats import RowOptions, row_of
 from mlx_gemma4.errors import DataError
 from mlx_gemma4.model.tokenizer import load_tokenizer
 
@@ -108,7 +108,7 @@ def test_the_first_shape_of_several_is_taken():
 
 
 def test_columns_name_the_fields():
-    columns = column_map(["prompt=question", "completion=best answer"])
+    columns = DataConfig(columns=("prompt=question", "completion=best answer")).columns
     read = row({"question": "Hi", "best answer": "Hello", "messages": 3}, columns=columns)
     assert (read.shape, read.messages) == ("completions", tuple(TURNS))
 

@@ -21,7 +21,7 @@ from ...errors import DataError
 from ..example import Example, Facts, Store, origin_of
 from ..read.records import Raw, located, row_error
 from . import spans
-from .formats import RowOptions, column_map, row_of
+from .formats import RowOptions, row_of
 from .render import Rendering, render
 from .spans import MARKERS, TURN, Mark, Span
 
@@ -58,7 +58,7 @@ def encode_chunk(task: Task, chunk: Chunk) -> Store:
         DataError: the first row that cannot be used, unless such rows are to be skipped.
     """
     config, facts, encoder = task.config, Facts(), Encoder(task)
-    options = RowOptions(column_map(config.columns), chunk.folder, config.media_anywhere)
+    options = RowOptions(config.columns or {}, chunk.folder, config.media_anywhere)
     errors: dict[int, DataError] = {}
     rendered: dict[int, Rendering] = {}
     for i, (number, raw) in enumerate(chunk.rows):

@@ -10,18 +10,17 @@ It may have `reasoning`, a text; `tool_calls`, each {"type": "function", "functi
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from ...errors import ConfigError
 from ..read.files import DataFile
 from ..read.records import Raw, located, record_of, row_error, without_nulls
 from .media import MEDIA, add_media, media_part
 
-__all__ = ["Row", "RowOptions", "column_map", "read_rows", "row_of"]
+__all__ = ["Row", "RowOptions", "read_rows", "row_of"]
 
 _DEEPEST = 50
 _ROLES = {role: role for role in ("system", "user", "assistant", "tool")}
@@ -72,22 +71,6 @@ class RowOptions:
     columns: Mapping[str, str]
     folder: Path | None = None
     media_anywhere: bool = False
-
-
-def column_map(columns: Sequence[str]) -> dict[str, str]:
-    """`("prompt=question", ...)` as {"prompt": "question"}; a ConfigError for anything else.
-
-    >>> column_map(["prompt=question", "completion=answer"])
-    {'prompt': 'question', 'completion': 'answer'}
-    """
-    found = {}
-    for pair in columns:
-        name, _, column = pair.partition("=")
-        if not (name and column):
-            wanted = "field=column, such as prompt=question"
-            raise ConfigError(f"columns holds {pair!r}", wanted=wanted, do="change columns")
-        found[name] = column
-    return found
 
 
 def read_rows(path: str | Path) -> Iterator[Row]:
