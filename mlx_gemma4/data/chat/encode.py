@@ -21,7 +21,7 @@ from ...errors import DataError
 from ..example import Example, Facts, Store, origin_of
 from ..read.records import Raw, located, row_error
 from . import spans
-from .formats import RowOptions, row_of
+from .formats import row_of
 from .render import Rendering, render
 from .spans import MARKERS, TURN, Mark, Span
 
@@ -58,12 +58,11 @@ def encode_chunk(task: Task, chunk: Chunk) -> Store:
         DataError: the first row that cannot be used, unless such rows are to be skipped.
     """
     config, facts, encoder = task.config, Facts(), Encoder(task)
-    options = RowOptions(config.columns or {}, chunk.folder, config.media_anywhere)
     errors: dict[int, DataError] = {}
     rendered: dict[int, Rendering] = {}
     for i, (number, raw) in enumerate(chunk.rows):
         try:
-            row = row_of(raw, origin_of(chunk.place, number), options)
+            row = row_of(raw, origin_of(chunk.place, number), config, chunk.folder)
             with located(row.origin):
                 rendered[i] = render(row, task.tokenizer, config.thinking, encoder.ends)
         except DataError as error:

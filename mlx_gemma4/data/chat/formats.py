@@ -10,17 +10,21 @@ It may have `reasoning`, a text; `tool_calls`, each {"type": "function", "functi
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from ...config import DataConfig
 from ..read.files import DataFile
 from ..read.records import Raw, located, record_of, row_error, without_nulls
 from .media import MEDIA, add_media, media_part
 
-__all__ = ["Row", "RowOptions", "read_rows", "row_of"]
+__all__ = ["Row", "read_rows", "row_of"]
+
+Media = Callable[[dict], dict[str, str]]
 
 _DEEPEST = 50
 _ROLES = {role: role for role in ("system", "user", "assistant", "tool")}
@@ -59,43 +63,33 @@ class Row:
     tools: tuple[dict[str, Any], ...] = ()
 
 
-@dataclass(frozen=True)
-class RowOptions:
-    """How rows are to be read.
-
-    Attributes:
-        columns: our field -> the row's column; empty takes the fields as they are.
-        folder: where paths of media begin, which they leave only where `media_anywhere` is set.
-    """
-
-    columns: Mapping[str, str]
-    folder: Path | None = None
-    media_anywhere: bool = False
-
-
 def read_rows(path: str | Path) -> Iterator[Row]:
     """The rows of a file; a DataError names the first that cannot be used, by file and line."""
     file = DataFile.of(Path(path))
-    options = RowOptions({}, file.folder)
     for number, raw in file.records():
-        yield row_of(raw, f"{file.place}{number}", options)
+        yield row_of(raw, f"{file.place}{number}", DataConfig(), file.folder)
 
 
-def row_of(raw: Raw, origin: str, options: RowOptions) -> Row:
-    """A raw row as a Row; a DataError names one that cannot be used, by its origin."""
+def row_of(raw: Raw, origin: str, config: DataConfig, folder: Path | None) -> Row:
+    """A raw row as a Row; a DataError names one that cannot be used, by its origin.
+
+    Args:
+        folder: where paths of media begin, which they leave only where media_anywhere is set.
+    """
     with located(origin):
         record = record_of(raw)
-        if options.columns:
-            if missing := [name for name in options.columns.values() if name not in record]:
+        if config.columns:
+            if missing := [name for name in config.columns.values() if name not in record]:
                 found = f"has no column {', '.join(missing)}; it has {_names(record)}"
                 raise row_error(found, "those that columns names", "change columns")
-            record = {name: record[column] for name, column in options.columns.items()}
-        row = _row(record, origin, options)
+            record = {name: record[column] for name, column in config.columns.items()}
+        media = partial(media_part, folder=folder, anywhere=config.media_anywhere)
+        row = _row(record, origin, media)
         _require_clean((row.messages, row.tools, row.text), _DEEPEST)
         return row
 
 
-def _row(record: dict, origin: str, options: RowOptions) -> Row:
+def _row(record: dict, origin: str, media: Media) -> Row:
     turns: Any
     if "messages" in record:
         shape, turns = "chat", record["messages"]
@@ -121,7 +115,7 @@ def _row(record: dict, origin: str, options: RowOptions) -> Row:
         raise row_error("messages is empty or no list", "a list of turns")
     if record.get("system") not in (None, ""):
         turns = [{"role": "system", "content": record["system"]}, *turns]
-    messages = tuple(_conversation(add_media(turns, record), options))
+    messages = tuple(_conversation(add_media(turns, record), media))
     functions = _functions(record.get("tools") or record.get("functions") or [], "tools")
     tools = tuple({"type": "function", "function": without_nulls(f)} for _, f in functions)
     if shape == "chat" and (tools or any("tool_calls" in turn for turn in messages)):
@@ -135,14 +129,14 @@ def _pair(prompt: Any, completion: Any) -> list:
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
 
 
-def _conversation(turns: list, options: RowOptions) -> Iterator[dict[str, Any]]:
+def _conversation(turns: list, media: Media) -> Iterator[dict[str, Any]]:
     """The turns as the head of this file describes them, in an order that a template takes."""
     previous: dict[str, Any] = {"role": None}
     for number, given in enumerate(turns, 1):
         with located(f"turn {number}"):
             role = _role(given)
         with located(f"turn {number} ({role})"):
-            turn = _turn(given, role, options)
+            turn = _turn(given, role, media)
             role, before = turn["role"], previous["role"]
             if role not in _MAY_FOLLOW[before]:
                 wanted = "a system turn at most first, then user and assistant in turn"
@@ -167,12 +161,12 @@ def _role(turn: Any) -> str:
     raise row_error(f"has role {repr(given)[:60]}", "a role of " + ", ".join(_ROLES))
 
 
-def _turn(turn: dict, role: str, options: RowOptions) -> dict[str, Any]:
+def _turn(turn: dict, role: str, media: Media) -> dict[str, Any]:
     content = turn.get("value" if "from" in turn else "content")
     calls = turn.get("function_call") or turn.get("tool_calls") or []
     if role == "function_call":  # ShareGPT's: the call as JSON
         role, calls, content = "assistant", _text(content, "value") or "{}", ""
-    said = "" if calls and content in (None, []) else _content(content, options)
+    said = "" if calls and content in (None, []) else _content(content, media)
     normal: dict[str, Any] = {"role": role, "content": said}
     if reasoning := _reasoning(turn, content):
         normal["reasoning"] = reasoning
@@ -203,7 +197,7 @@ def _reasoning(turn: dict, content: Any) -> str:
     return texts[0] if texts else ""
 
 
-def _content(content: Any, options: RowOptions) -> str | list[dict]:
+def _content(content: Any, media: Media) -> str | list[dict]:
     """Text, or parts with images or audio."""
     if isinstance(content, str):
         return content
@@ -215,7 +209,7 @@ def _content(content: Any, options: RowOptions) -> str | list[dict]:
         if kind in ("text", "input_text", "output_text"):
             parts.append({"type": "text", "text": _text(part.get("text"), "text")})
         elif isinstance(kind, str) and kind in MEDIA:
-            parts.append(media_part(part, options.folder, options.media_anywhere))
+            parts.append(media(part))
         elif kind != "thinking":
             raise row_error(f"has a part of type {kind!r}", "text, image or audio")
     if all(part["type"] == "text" for part in parts):
