@@ -397,10 +397,10 @@ def test_an_empty_dataset(tiny, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ({"question": "a"}, "train.jsonl:2 has the keys question"),
-        ({"messages": CHAT[0]["messages"][:1]}, "train.jsonl:2 has no target token"),
-        ("{", "train.jsonl:2 is not JSON"),
-        ({"messages": [{"role": "bot", "content": "a"}]}, "train.jsonl:2: turn 1 has role 'bot'"),
+        ({"question": "a"}, "train.jsonl:2: has the keys question"),
+        ({"messages": CHAT[0]["messages"][:1]}, "train.jsonl:2: has no target token"),
+        ("{", "train.jsonl:2: is not JSON"),
+        ({"messages": [{"role": "bot", "content": "a"}]}, "train.jsonl:2: turn 1: has role 'bot'"),
     ],
 )
 def test_a_bad_row(tiny, tmp_path, capsys, line, message):
@@ -410,7 +410,7 @@ def test_a_bad_row(tiny, tmp_path, capsys, line, message):
 def test_an_example_beyond_max_seq_length(tiny, tmp_path, capsys):
     data = bad_rows(tmp_path, {"text": "Open the file. " * 30})
     told = refused(capsys, tmp_path, tiny, data, "--overlong", "error")
-    assert "train.jsonl:2 has " in told
+    assert "train.jsonl:2: has " in told
     assert "at most max_seq_length, 96" in told
     assert "overlong" in told
 

@@ -12,8 +12,7 @@ import numpy as np
 
 from ..data.batch.collate import collate_alike
 from ..data.batch.order import BatchOrder, Rows
-from ..data.example import Example
-from ..data.store.arrays import lengths_of
+from ..data.example import Example, Examples
 from ..gemma import Gemma4
 from ..model.ple import GatheredRows
 from ..nn.batch import Batch
@@ -56,7 +55,7 @@ def training_steps(
     accumulation: int = 1,
 ) -> Iterator[Step]:
     """The steps of a run after `start`, up to step `total`, with `accumulation` batches each."""
-    lengths = lengths_of(examples)
+    lengths = Examples.of(examples).lengths
 
     def rows_of_steps() -> Iterator[tuple[tuple[int, Progress], list[Rows]]]:
         stream = order.batches(start.next_batch)

@@ -319,6 +319,9 @@ class OneWorker:
     def __init__(self, task):
         self._task = task
 
+    def __enter__(self):
+        return self
+
     def __exit__(self, *_):
         pass
 

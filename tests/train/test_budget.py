@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 import mlx_gemma4 as g4
-from mlx_gemma4.data.example import Example
-from mlx_gemma4.data.store.arrays import Examples
+from mlx_gemma4.data.example import Example, Examples
 from mlx_gemma4.model.names import flat
 from mlx_gemma4.objectives.sft import sft
 from mlx_gemma4.train.budget import trial_step
