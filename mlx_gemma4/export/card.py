@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from ..lora.formats import ADAPTERS, format_of
+from ..lora.formats import ADAPTERS, base_of, format_of
 from ..lora.formats import gguf as gguf_format
 from ..lora.formats.format import CONFIG
 
@@ -65,17 +65,21 @@ def model_card(output: Path, repo_id: str, source: Path | None = None) -> str:
         source: the run or adapter that it was made from, for data, settings and losses.
     """
     kind = kind_of(output) or "fused"
-    run = _run_of(source)
-    summary = _read(run / "summary.json") if run else {}
-    settings = _read(run / "config.yaml") if run else {}
-    base = str(summary.get("model") or _base_of(output, source) or "the base model")
-    hub = _is_hub_id(base)
-    shown = base if hub else Path(base).name
-    head: dict[str, Any] = {"base_model": base} if hub else {}
-    if kind in ADAPTERS:
-        head["library_name"] = ADAPTERS[kind].hub_library
-    elif kind == "fused":
-        head["library_name"] = "transformers"
+    # A run's folder, or the adapter in one.
+    folders = (source, source.parent) if source else ()
+    run = next((f for f in folders if (f / "summary.json").exists()), output)
+    summary, settings = _read(run / "summary.json"), _read(run / "config.yaml")
+    configs = [_read(f / CONFIG) for f in (run / "adapter", source or run, output)]
+    if not settings:
+        given = {**configs[-1], **(configs[-1].get("lora_parameters") or {})}
+        settings = {k: v for k, v in given.items() if isinstance(v, (int, float))}
+    bases = [summary.get("model"), *map(base_of, configs), "the base model"]
+    base = str(next(filter(None, bases)))
+    is_on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists()
+    shown = base if is_on_hub else Path(base).name
+    head: dict[str, Any] = {"base_model": base} if is_on_hub else {}
+    if kind != "gguf":
+        head["library_name"] = ADAPTERS[kind].hub_library if kind in ADAPTERS else "transformers"
     head["tags"] = ["gemma4", "mlx-gemma4", *(["lora"] if kind != "fused" else []), kind]
     what = "Fine-tuned model" if kind == "fused" else "Adapter"
     parts = [
@@ -93,8 +97,7 @@ def model_card(output: Path, repo_id: str, source: Path | None = None) -> str:
 
 
 def _use(kind: str, output: Path, base: str, repo: str) -> str:
-    config = _read(output / "config.json") if output.is_dir() else {}
-    mapped = _read(output / CONFIG).get("auto_mapping") if output.is_dir() else None
+    config, mapped = _read(output / "config.json"), _read(output / CONFIG).get("auto_mapping")
     names = [*config.get("architectures", ()), (mapped or {}).get("base_model_class")]
     architecture = next(filter(None, names), "Gemma4ForConditionalGeneration")
     words = {"base": base, "repo": repo, "architecture": architecture, "file": output.name}
@@ -134,27 +137,6 @@ def _table(title: str, rows: Mapping[str, Any]) -> str:
         text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
         lines.append(f"| {key} | {text.replace('|', chr(92) + '|')} |")
     return "\n".join(lines)
-
-
-def _run_of(source: Path | None) -> Path | None:
-    """The run that a run's folder is, or that an adapter's folder belongs to."""
-    for folder in (source, source.parent) if source else ():
-        if (folder / "summary.json").exists():
-            return folder
-    return None
-
-
-def _base_of(output: Path, source: Path | None) -> str | None:
-    for folder in (source / "adapter" if source else None, source, output):
-        config = _read(folder / CONFIG) if folder else {}
-        base = config.get("base_model_name_or_path") or config.get("model")
-        if base:
-            return str(base)
-    return None
-
-
-def _is_hub_id(name: str) -> bool:
-    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).exists()
 
 
 def _read(path: Path) -> dict[str, Any]:

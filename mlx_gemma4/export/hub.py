@@ -7,7 +7,6 @@ and taken out of whatever an error says.
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +62,9 @@ def push_folder(
         done = api.create_commit(
             repo_id, operations, commit_message=f"Export of mlx_gemma4: {kind_of(output)}"
         )
-    except _failures() as error:
+    except ExportError:
+        raise
+    except Exception as error:  # anything: it is another library's
         raise _refusal(error, repo_id, token) from None
     return str(done.commit_url)
 
@@ -105,15 +106,6 @@ def _files(output: Path) -> dict[str, Path]:
         for path in sorted(output.iterdir())
         if path.is_file() and path.name != "README.md" and not path.name.startswith(".")
     }
-
-
-def _failures() -> tuple[type[Exception], ...]:
-    """What huggingface_hub raises for a request that failed, by its HTTP library."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    libraries = [sys.modules[name] for name in ("httpx", "httpx2") if name in sys.modules]
-    own = [library.HTTPError for library in libraries]
-    return (HfHubHTTPError, OSError, RuntimeError, ValueError, *own)
 
 
 _ADVICE = {

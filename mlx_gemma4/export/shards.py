@@ -45,7 +45,7 @@ class Job:
     """Tensors that are made together: every piece has the next bytes of each output."""
 
     outputs: Sequence[Output]
-    pieces: Callable[[], Iterator[Sequence[bytes]]]
+    pieces: Callable[[], Iterator[Sequence[Any]]]
 
     @property
     def nbytes(self) -> int:
@@ -124,21 +124,19 @@ def _read_rows(tensor: StoredTensor, start: int, stop: int) -> mx.array:
     """The entries start to stop of a stored tensor's first axis; only their bytes are read."""
     kind, dtype = DTYPES[tensor.dtype]
     step = tensor.nbytes // tensor.shape[0]
-    with tensor.path.open("rb") as file:
-        file.seek(tensor.offset + start * step)
-        content = file.read((stop - start) * step)
-    array = mx.array(np.frombuffer(content, kind).reshape(stop - start, *tensor.shape[1:]))
+    count, offset = math.prod(tensor.shape[1:]) * (stop - start), tensor.offset + start * step
+    values = np.fromfile(tensor.path, kind, count, offset=offset)
+    array = mx.array(values.reshape(stop - start, *tensor.shape[1:]))
     return array if array.dtype == dtype else array.view(dtype)
 
 
 def _copy(name: str, tensor: StoredTensor) -> Job:
     """A stored tensor byte by byte, of any dtype."""
 
-    def pieces() -> Iterator[Sequence[bytes]]:
-        with tensor.path.open("rb") as file:
-            file.seek(tensor.offset)
-            for start in range(0, tensor.nbytes, _COPY_BYTES):
-                yield (file.read(min(_COPY_BYTES, tensor.nbytes - start)),)
+    def pieces() -> Iterator[Sequence[Any]]:
+        for start in range(0, tensor.nbytes, _COPY_BYTES):
+            count = min(_COPY_BYTES, tensor.nbytes - start)
+            yield (np.fromfile(tensor.path, np.uint8, count, offset=tensor.offset + start),)
 
     return Job((Output(name, tensor.dtype, tensor.shape, tensor.nbytes),), pieces)
 

@@ -21,12 +21,19 @@ from ..model.plan import Plan
 from ..storage import new_file, write_text
 from .attach import attach_lora
 from .formats import format_of
-from .formats.format import CONFIG, Stored
+from .formats.format import CONFIG, Files, Stored
 from .formats.mlx_lm import MlxLm, config_of
 from .targets import PARTS, Module, keys_of
-from .update import Update, Whole, low_rank_updates, require_effect
+from .update import Update, Whole, require_effect, updates_of
 
-__all__ = ["adapter_of", "load_adapter", "read_updates", "save_adapter", "skeleton"]
+__all__ = [
+    "adapter_of",
+    "load_adapter",
+    "read_files",
+    "read_updates",
+    "save_adapter",
+    "skeleton",
+]
 
 
 def save_adapter(
@@ -51,9 +58,7 @@ def save_adapter(
     write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
 
 
-def adapter_of(
-    backbone: nn.Module, lora: LoraConfig | None, model: str
-) -> tuple[dict[str, Any], dict[str, mx.array]]:
+def adapter_of(backbone: nn.Module, lora: LoraConfig | None, model: str) -> Files:
     """The adapter that is on a backbone: adapter_config.json, and the tensors by name.
 
     Raises:
@@ -73,7 +78,7 @@ def adapter_of(
             wanted="finite weights; nothing was written",
             do="lower the learning rate and resume from the last checkpoint",
         )
-    return config_of(lora, weights, backbone, model), weights
+    return config_of(lora, backbone, model), weights
 
 
 def load_adapter(backbone: nn.Module, plan: Plan, folder: str | Path) -> LoraConfig | None:
@@ -91,7 +96,7 @@ def load_adapter(backbone: nn.Module, plan: Plan, folder: str | Path) -> LoraCon
             misshapen, or an adapter that changes nothing.
     """
     folder = Path(folder).expanduser()
-    config, tensors = _files(folder)
+    config, tensors = read_files(folder)
     read = format_of(config).read(Stored(folder, config, tensors, backbone, plan))
     lora: LoraConfig | None = None
     if read.lora is None:
@@ -122,7 +127,7 @@ def read_updates(adapter: str | Path, plan: Plan) -> dict[str, Update]:
     """
     backbone = skeleton(plan)
     if load_adapter(backbone, plan, adapter) is not None:
-        return dict(low_rank_updates(backbone))
+        return updates_of(backbone, plan)
     prefix = text_prefix(backbone)
     stored = load_file(Path(adapter).expanduser() / MlxLm.file)
     names = {k.removeprefix(prefix).removeprefix("language_model."): v for k, v in stored.items()}
@@ -142,18 +147,22 @@ def skeleton(plan: Plan) -> nn.Module:
     return backbone
 
 
-def _files(folder: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
-    """The config and tensors of an adapter folder, in whatever format, as they stand there."""
+def read_files(folder: Path) -> Files:
+    """The config and tensors of an adapter folder, in whatever format, as they stand there.
+
+    Raises:
+        AdapterError: a file that is not there or not whole.
+    """
     try:
         config = json.loads((folder / CONFIG).read_text()) if (folder / CONFIG).exists() else {}
         if not isinstance(config, dict):
-            raise ValueError(f"{CONFIG} is no JSON object")
+            raise ValueError("no JSON object")
         weights = format_of(config).file
         missing = [name for name in (CONFIG, weights) if not (folder / name).exists()]
         if not missing:
             return config, load_file(folder / weights)
     except (ValueError, ModelError) as error:
-        reason = error.found if isinstance(error, ModelError) else error
+        reason = error.found if isinstance(error, ModelError) else f"{CONFIG}: {error}"
         raise AdapterError(
             f"{folder} cannot be read: {reason}", wanted="whole files", do="copy the adapter again"
         ) from None

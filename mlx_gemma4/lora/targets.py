@@ -19,7 +19,6 @@ __all__ = [
     "is_meant",
     "keys_of",
     "module_name",
-    "modules_in",
     "resolve_targets",
     "settings_of",
 ]
@@ -97,18 +96,6 @@ def settings_of(config: LoraConfig, module: Module) -> tuple[int, float]:
 def module_name(backbone: nn.Module, module: Module) -> str:
     """A module's whole path in the backbone, such as `model.layers.3.self_attn.q_proj`."""
     return f"{text_prefix(backbone)}layers.{module[0]}.{module[1]}"
-
-
-def modules_in(weights: Mapping[str, Any], backbone: nn.Module) -> list[Module]:
-    """(layer index, path within the layer) of every adapted module that tensor names speak of."""
-    prefix = text_prefix(backbone) + "layers."
-    modules = set()
-    for name in weights:
-        path, _, last = name.removeprefix(prefix).rpartition(".")
-        index, _, path = path.partition(".")
-        if name.startswith(prefix) and last in PARTS and index.isdigit():
-            modules.add((int(index), path))
-    return sorted(modules)
 
 
 def keys_of(modules: Sequence[Module], backbone: nn.Module, num_layers: int) -> list[str]:

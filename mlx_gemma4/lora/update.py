@@ -14,6 +14,7 @@ from ..errors import AdapterError
 from ..model.names import flat, lm_head, text_model
 from ..model.plan import Plan
 from .attach import lora_layers
+from .targets import Module
 
 __all__ = ["LowRank", "Update", "Whole", "low_rank_updates", "require_effect", "updates_of"]
 
@@ -42,6 +43,12 @@ class LowRank:
     @property
     def rank(self) -> int:
         return self.a.shape[-2]
+
+    def tensors(self, name: str) -> dict[str, mx.array]:
+        """As mlx-lm's layers hold it: those of a linear layer transposed, those of experts not."""
+        a, b = (self.a.T, self.b.T) if self.a.ndim == 2 else (self.a, self.b)
+        magnitude = {} if self.magnitude is None else {f"{name}.m": self.magnitude}
+        return {f"{name}.lora_a": a, f"{name}.lora_b": b, **magnitude}
 
     def apply(self, weight: mx.array, rows: slice) -> mx.array:
         """The new values, float32, of a run of the first axis of a float32 weight."""
@@ -77,23 +84,22 @@ def updates_of(backbone: nn.Module, plan: Plan) -> dict[str, Update]:
     LoRA and DoRA layers where it has them; else every weight of its language model.
     """
     if found := low_rank_updates(backbone):
-        return dict(found)
+        return {f"layers.{index}.{path}.weight": u for (index, path), u in found.items()}
     weights = flat(text_model(backbone).parameters())
     if not plan.tied:
         weights["lm_head.weight"] = lm_head(backbone).weight
     return {name: Whole(value) for name, value in weights.items()}
 
 
-def low_rank_updates(backbone: nn.Module) -> dict[str, LowRank]:
-    """The updates of the LoRA and DoRA layers on a backbone, by inner name."""
-    found: dict[str, LowRank] = {}
+def low_rank_updates(backbone: nn.Module) -> dict[Module, LowRank]:
+    """The updates of the LoRA and DoRA layers on a backbone, in the order of their modules."""
+    found = {}
     for index, path, module in lora_layers(backbone):
         a, b = module.lora_a, module.lora_b
-        if a.ndim == 2:  # mlx-lm keeps those of a linear layer transposed, those of experts not
+        if a.ndim == 2:
             a, b = a.T, b.T
-        update = LowRank(a, b, float(module.scale), module.get("m"))
-        found[f"layers.{index}.{path}.weight"] = update
-    return found
+        found[index, path] = LowRank(a, b, float(module.scale), module.get("m"))
+    return dict(sorted(found.items()))
 
 
 def require_effect(backbone: nn.Module, where: str) -> None:

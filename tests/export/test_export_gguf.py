@@ -152,7 +152,7 @@ def test_a_missing_package_names_the_command():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 2
-    assert "pip install gguf" in done.stderr and "Traceback" not in done.stderr
+    assert "pip install -U gguf" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_a_package_that_does_not_know_gemma_4(tiny, tmp_path, monkeypatch):

@@ -76,8 +76,6 @@ def damage(path: Path, change, *names: str) -> None:
 def test_damage_is_named_by_load_and_by_verify(gemma, tiny, tmp_path, format, how):
     *names, file = NAMES[format]
     export(gemma, tmp_path / "out", format, verify=False)
-    whole = dict(mx.load(str(tmp_path / "out" / file)))
-    mx.eval(whole)
     damage(tmp_path / "out" / file, DAMAGES[how], *names)
     # The old mlx-vlm names no modules: what is wholly gone is known to verify alone.
     if (format, how) != ("mlx-vlm-legacy", "drop-pair"):
@@ -85,7 +83,7 @@ def test_damage_is_named_by_load_and_by_verify(gemma, tiny, tmp_path, format, ho
             g4.load(tiny, adapter=tmp_path / "out")
         assert TOLD[how] in error.value.found
     with pytest.raises(g4.ExportError) as error:
-        check_adapter(gemma, tmp_path / "out", whole, file)
+        check_adapter(gemma, tmp_path / "out")
     assert TOLD[how] in error.value.found
     assert re.search("missing|unexpected|misshapen", error.value.found)
 
@@ -94,11 +92,9 @@ def test_damage_is_named_by_load_and_by_verify(gemma, tiny, tmp_path, format, ho
 def test_other_values_are_named_by_verify(gemma, tmp_path, format):
     *names, file = NAMES[format]
     export(gemma, tmp_path / "out", format, verify=False)
-    whole = dict(mx.load(str(tmp_path / "out" / file)))
-    mx.eval(whole)
     damage(tmp_path / "out" / file, lambda w, a, b: w.update({b: 1.001 * w[b]}), *names)
-    with pytest.raises(g4.ExportError, match=rf"other values {re.escape(names[1])}"):
-        check_adapter(gemma, tmp_path / "out", whole, file)
+    with pytest.raises(g4.ExportError, match=rf"other values {re.escape(INNER)}\.weight"):
+        check_adapter(gemma, tmp_path / "out")
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.3, 0.99])
@@ -107,7 +103,7 @@ def test_a_file_that_was_cut_short_is_refused(gemma, tmp_path, kept):
     path = tmp_path / "out" / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[: int(kept * path.stat().st_size)])
     with pytest.raises(g4.ExportError, match=r"adapter_model\.safetensors"):
-        check_adapter(gemma, tmp_path / "out", {}, path.name)
+        check_adapter(gemma, tmp_path / "out")
 
 
 # ---------------------------------------------------------------- faults of ours
@@ -150,7 +146,7 @@ FAULTS = {
 def test_the_rules_catch_a_wrong_layout(gemma, old, monkeypatch, fault):
     faulty(monkeypatch, FAULTS[fault])
     found = refused(gemma, old)
-    assert fault == "scale" or "up_proj" in found
+    assert "up_proj" in found
 
 
 @pytest.mark.parametrize("fault", ["scale", "negated"])
@@ -326,7 +322,6 @@ ours = room.adapter_of(gemma.backbone, gemma.lora, gemma.name)
 # Nothing is computed after a fork: MLX's threads are not there.
 room.adapter_of, room.require_effect = lambda *_: ours, lambda *_: None
 room.ADAPTERS["peft"].write = lambda adapter: (config, tensors)
-room.ADAPTERS["peft"].readme = lambda adapter: new["README.md"].decode()
 outcomes = []
 for point in range(1, 400):
     for path in folder.parent.glob("*folder"):

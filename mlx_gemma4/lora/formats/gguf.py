@@ -19,6 +19,7 @@ import numpy as np
 from ...errors import AdapterError, CapabilityError, ConfigError, listing
 from ...model.plan import Plan
 from ...storage import new_file
+from ..targets import Module
 from ..update import LowRank, low_rank_updates, require_effect
 
 __all__ = ["USE", "read_gguf", "write_gguf"]
@@ -53,13 +54,14 @@ def write_gguf(backbone: nn.Module, plan: Plan, file: str | Path) -> int:
             "the model carries no LoRA", wanted="LoRA: a GGUF adapter holds nothing else", do=_FUSE
         )
     require_effect(backbone, "the model")
-    pairs = _pairs(updates, gguf.get_tensor_name_map(_arch(gguf), len(plan.layers)))
+    arch = gguf.MODEL_ARCH.GEMMA4
+    pairs = _pairs(updates, gguf.get_tensor_name_map(arch, len(plan.layers)))
     file = Path(file).expanduser()
     alpha = Counter(update.scale * update.rank for update in pairs.values()).most_common(1)[0][0]
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with new_file(file) as partial:
-            writer = gguf.GGUFWriter(partial, gguf.MODEL_ARCH_NAMES[_arch(gguf)])
+            writer = gguf.GGUFWriter(partial, gguf.MODEL_ARCH_NAMES[arch])
             writer.add_type(gguf.GGUFType.ADAPTER)
             writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
             writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
@@ -67,8 +69,9 @@ def write_gguf(backbone: nn.Module, plan: Plan, file: str | Path) -> int:
             for name, update in pairs.items():
                 # Equal ranks and scales leave B as it is; others are brought to the one alpha.
                 b = update.b * (update.scale * update.rank / alpha)
-                writer.add_tensor(f"{name}.weight.lora_a", _array(update.a))
-                writer.add_tensor(f"{name}.weight.lora_b", _array(b))
+                for last, value in (("lora_a", update.a), ("lora_b", b)):
+                    values = np.ascontiguousarray(np.array(value.astype(mx.float32)))
+                    writer.add_tensor(f"{name}.weight.{last}", values)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_tensors_to_file()
@@ -99,12 +102,12 @@ def read_gguf(file: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     return metadata, tensors
 
 
-def _pairs(updates: Mapping[str, LowRank], names: Any) -> dict[str, LowRank]:
+def _pairs(updates: Mapping[Module, LowRank], names: Any) -> dict[str, LowRank]:
     """The updates under llama.cpp's names, such as `blk.3.attn_q`."""
     pairs: dict[str, LowRank] = {}
     refused = []
-    for inner, update in updates.items():
-        path = inner.removesuffix(".weight")
+    for (index, inner), update in updates.items():
+        path = f"layers.{index}.{inner}"
         name = names.get_name(f"model.{path}")
         if update.magnitude is not None:
             refused.append(f"{path}: DoRA; llama.cpp adds the low-rank part and nothing else")
@@ -126,25 +129,12 @@ def _pairs(updates: Mapping[str, LowRank], names: Any) -> dict[str, LowRank]:
 def _package() -> Any:
     try:
         import gguf
-    except ImportError:
+
+        gguf.MODEL_ARCH.GEMMA4  # noqa: B018
+    except (ImportError, AttributeError) as error:
         raise CapabilityError(
-            "the gguf package is not installed",
-            wanted="it, to write GGUF files",
-            do="pip install 'mlx-gemma4[gguf]', or pip install gguf",
+            f"no gguf package that knows Gemma 4: {error}",
+            wanted="gguf 0.19.0 or later",
+            do="pip install -U gguf",
         ) from None
     return gguf
-
-
-def _arch(gguf: Any) -> Any:
-    arch = getattr(gguf.MODEL_ARCH, "GEMMA4", None)
-    if arch is None:
-        raise CapabilityError(
-            "the installed gguf package does not know Gemma 4",
-            wanted="one with MODEL_ARCH.GEMMA4, such as 0.19.0",
-            do="pip install -U gguf",
-        )
-    return arch
-
-
-def _array(value: mx.array) -> np.ndarray:
-    return np.ascontiguousarray(np.array(value.astype(mx.float32)))

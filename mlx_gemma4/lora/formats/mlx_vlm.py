@@ -25,7 +25,8 @@ from ...errors import AdapterError
 from ...model.capability import inspect_backbone
 from ...model.kv_store import apply_kv_store
 from ...model.names import text_prefix
-from ..targets import EXPERTS
+from ..targets import EXPERTS, module_name
+from ..update import low_rank_updates
 from .format import CONFIG, Adapter, Files, Read, Stored
 from .mlx_lm import MlxLm, MlxLmLibrary
 
@@ -97,11 +98,12 @@ model, processor = load("{base}", adapter_path=snapshot_download("{repo}"))
         _require_encoders(adapter.backbone)
         config, tensors = super().write(adapter)
         config["num_layers"] = -1
-        ranks = adapter.ranks()
-        if any(path in EXPERTS for _, path in ranks):
+        modules = list(low_rank_updates(adapter.backbone))
+        if any(path in EXPERTS for _, path in modules):
             del config["lora_parameters"]["keys"]
         else:
-            config["lora_parameters"]["keys"] = [adapter.name(module) for module in ranks]
+            names = [module_name(adapter.backbone, module) for module in modules]
+            config["lora_parameters"]["keys"] = names
         return config, tensors
 
 
@@ -131,7 +133,7 @@ class MlxVlmLegacy(MlxLm):
 
     def write(self, adapter: Adapter) -> Files:
         _require_encoders(adapter.backbone)
-        experts = [path for _, path in adapter.ranks() if path in EXPERTS]
+        experts = [path for _, path in low_rank_updates(adapter.backbone) if path in EXPERTS]
         dora = adapter.lora is not None and adapter.lora.use_dora
         if dora or experts:
             raise AdapterError(
