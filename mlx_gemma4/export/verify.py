@@ -24,6 +24,7 @@ from ..gemma import Gemma4, load
 from ..lora.attach import without_lora
 from ..lora.state import read_updates
 from ..lora.update import Update, Whole, updates_of
+from ..model.checkpoint import mismatches, shapes_of
 from ..model.download import resolve
 from ..model.names import is_frozen_buffer
 
@@ -83,49 +84,43 @@ def check_adapter(gemma: Gemma4, folder: Path) -> None:
         raise ExportError(error.found, wanted=error.wanted, do="report this") from None
     trained = updates_of(gemma.backbone, gemma.plan)
     meant = {name: update for name, update in trained.items() if not is_frozen_buffer(name)}
-    if problems := _differences(found, meant, _same_update):
-        raise _not_as_meant(f"what {folder} does", problems)
+    _require_same(_values(found), _values(meant), f"what {folder} does", tolerance=1e-5)
 
 
-def _not_as_meant(what: str, problems: list[str]) -> ExportError:
-    return ExportError(
-        f"{len(problems)} tensors of {what} are not those that were trained:{listing(problems)}",
-        wanted="exactly the trained adapter; the export was not kept",
-        do="export it again, and report this if it stays",
-    )
+def _values(updates: Mapping[str, Update]) -> dict[str, mx.array]:
+    """What updates do, by name: whole weights, LoRA's products with vectors, magnitudes."""
+    values = {}
+    for name, update in updates.items():
+        if isinstance(update, Whole):
+            values[name] = update.value
+            continue
+        probe_I4 = mx.random.normal((update.shape[-1], 4), key=mx.random.key(0))
+        a, b = update.a.astype(mx.float32), update.b.astype(mx.float32)
+        values[name] = update.scale * (b @ (a @ probe_I4))
+        if update.magnitude is not None:
+            values[f"{name} magnitude"] = update.magnitude
+    return values
 
 
-def _differences(
-    found: Mapping[str, Any], wanted: Mapping[str, Any], same: Callable[[Any, Any], bool]
-) -> list[str]:
-    """What is missing, extra or other, a line each."""
-    return (
-        [f"missing     {name}" for name in sorted(wanted.keys() - found)]
-        + [f"unexpected  {name}" for name in sorted(found.keys() - wanted)]
-        + [
-            f"other values {name}"
-            for name in sorted(found.keys() & wanted)
-            if not same(found[name], wanted[name])
-        ]
-    )
-
-
-def _same_update(one: Update, other: Update) -> bool:
-    if isinstance(one, Whole) and isinstance(other, Whole):
-        return bool(mx.array_equal(one.value, other.value))
-    if isinstance(one, Whole) or isinstance(other, Whole) or one.shape != other.shape:
-        return False
-    if one.magnitude is None or other.magnitude is None:
-        if one.magnitude is not other.magnitude:
-            return False
-    elif not mx.array_equal(one.magnitude, other.magnitude):
-        return False
-    probe_I4 = mx.random.normal((one.shape[-1], 4), key=mx.random.key(0))
-    made, meant = (
-        u.scale * (u.b.astype(mx.float32) @ (u.a.astype(mx.float32) @ probe_I4))
-        for u in (one, other)
-    )
-    return float(mx.abs(made - meant).max()) <= 1e-5 * float(mx.abs(meant).max())
+def _require_same(
+    found: Mapping[str, mx.array],
+    wanted: Mapping[str, mx.array],
+    what: str,
+    tolerance: float = 0.0,
+) -> None:
+    """The same names and values; the tolerance is a share of an array's largest value."""
+    problems = mismatches(shapes_of(found), shapes_of(wanted))
+    for name in sorted(found.keys() & wanted):
+        one, other = found[name].astype(mx.float32), wanted[name].astype(mx.float32)
+        if one.shape == other.shape:
+            gap, largest = float(mx.abs(one - other).max()), float(mx.abs(other).max())
+            problems += [] if gap <= tolerance * largest else [f"other values {name}"]
+    if problems:
+        raise ExportError(
+            f"{len(problems)} tensors of {what} are not as they were trained:{listing(problems)}",
+            wanted="exactly the trained adapter; the export was not kept",
+            do="export it again, and report this if it stays",
+        )
 
 
 def check_logits(
@@ -178,7 +173,14 @@ def check_logits(
             do="report this; the export was not kept",
         )
     if held is not None:
-        _require_held(library.holds(loaded), held, by)
+        # What else the library made for the adapter must be zero.
+        made_up = (".lora_b", ".B", ".lora_B.weight")
+        found = {
+            name: value
+            for name, value in library.holds(loaded).items()
+            if name in held or (name.endswith(made_up) and value.any())
+        }
+        _require_same(found, held, f"the adapter in {by}")
     theirs = [library.logits(loaded, tokens) for tokens in prompts]
     proof = Proof(format, count, by, _gap(theirs, ours), _gap(theirs, their_base))
     _judge(proof, _gap(their_base, base), rounded)
@@ -202,22 +204,6 @@ def _judge(proof: Proof, base_gap: float, rounded: bool) -> None:
             wanted=f"at most {allowed:.2e}, and a base that differs less than the export moves it",
             do="report this; --no-verify exports all the same",
         )
-
-
-def _require_held(found: Mapping[str, mx.array], wanted: Mapping[str, mx.array], by: str) -> None:
-    """The library holds every tensor, and what else it made for the adapter is zero."""
-    made_up = (".lora_b", ".B", ".lora_B.weight")
-    meant = {
-        name: value
-        for name, value in found.items()
-        if name in wanted or (name.endswith(made_up) and value.any())
-    }
-    if problems := _differences(meant, wanted, _same_values):
-        raise _not_as_meant(f"the adapter in {by}", problems)
-
-
-def _same_values(one: mx.array, other: mx.array) -> bool:
-    return bool(mx.array_equal(one.astype(mx.float32), other.astype(mx.float32)))
 
 
 def _prompts(gemma: Gemma4) -> list[list[int]]:

@@ -12,9 +12,9 @@ from mlx.utils import tree_unflatten
 
 from ..config import LoraConfig
 from ..errors import AdapterError
-from ..model.names import text_model
+from ..model.names import EXPERTS, Module, is_meant, text_model
 from ..nn.dropout import KeyedDropout
-from .targets import EXPERTS, Module, is_meant, settings_of
+from .targets import settings_of
 
 __all__ = ["adapted_modules", "attach_lora", "lora_layers", "without_lora"]
 

@@ -16,14 +16,14 @@ from ..config import LoraConfig
 from ..errors import AdapterError, ModelError, listing
 from ..model.checkpoint import load_file, mismatches, shapes_of
 from ..model.loader import build_backbone
-from ..model.names import PLE_TABLE, flat, is_frozen_buffer, text_model, text_prefix
+from ..model.names import PLE_TABLE, Module, flat, is_frozen_buffer, text_model, text_prefix
 from ..model.plan import Plan
 from ..storage import new_file, write_text
 from .attach import attach_lora
 from .formats import format_of
 from .formats.format import CONFIG, Files, Stored
 from .formats.mlx_lm import MlxLm, config_of
-from .targets import PARTS, Module, keys_of
+from .targets import PARTS, keys_of
 from .update import Update, Whole, require_effect, updates_of
 
 __all__ = [

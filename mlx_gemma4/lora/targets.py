@@ -9,19 +9,9 @@ import mlx.nn as nn
 
 from ..config import LoraConfig
 from ..errors import AdapterError
-from ..model.names import EXPERTS, Module, is_meant, text_model, text_prefix
+from ..model.names import Module, is_meant, text_model, text_prefix
 
-__all__ = [
-    "EXPERTS",
-    "PARTS",
-    "Module",
-    "adaptable_modules",
-    "is_meant",
-    "keys_of",
-    "module_name",
-    "resolve_targets",
-    "settings_of",
-]
+__all__ = ["PARTS", "adaptable_modules", "keys_of", "module_name", "resolve_targets", "settings_of"]
 
 PARTS = ("lora_a", "lora_b", "m")
 """The tensors of an adapted module: LoRA's two, and DoRA's magnitudes."""

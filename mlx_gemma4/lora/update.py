@@ -11,10 +11,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..errors import AdapterError
-from ..model.names import flat, lm_head, text_model
+from ..model.names import Module, flat, lm_head, text_model
 from ..model.plan import Plan
 from .attach import lora_layers
-from .targets import Module
 
 __all__ = ["LowRank", "Update", "Whole", "low_rank_updates", "require_effect", "updates_of"]
 

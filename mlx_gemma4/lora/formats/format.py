@@ -19,8 +19,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ...config import LoraConfig
+from ...model.names import Module
 from ...model.plan import Plan
-from ..targets import Module
 
 __all__ = ["CONFIG", "Adapter", "Files", "Read", "Stored", "alpha_of"]
 

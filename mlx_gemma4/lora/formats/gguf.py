@@ -17,9 +17,9 @@ import mlx.nn as nn
 import numpy as np
 
 from ...errors import AdapterError, CapabilityError, ConfigError, listing
+from ...model.names import Module
 from ...model.plan import Plan
 from ...storage import new_file
-from ..targets import Module
 from ..update import LowRank, low_rank_updates, require_effect
 
 __all__ = ["USE", "read_gguf", "write_gguf"]

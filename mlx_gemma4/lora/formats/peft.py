@@ -26,8 +26,8 @@ import mlx.nn as nn
 from ...config import LoraConfig
 from ...errors import AdapterError, listing
 from ...model.checkpoint import mismatches, shapes_of
-from ...model.names import is_dead, text_model, text_prefix
-from ..targets import Module, adaptable_modules, module_name
+from ...model.names import Module, is_dead, text_model, text_prefix
+from ..targets import adaptable_modules, module_name
 from ..update import LowRank, low_rank_updates
 from .format import Adapter, Files, Read, Stored, alpha_of
 from .stacked import DOWN, GATE_UP, stack, stack_shapes, unstack

@@ -15,7 +15,7 @@ from dataclasses import replace
 
 import mlx.core as mx
 
-from ..targets import EXPERTS, Module
+from ...model.names import EXPERTS, Module
 from ..update import LowRank
 
 __all__ = ["DOWN", "GATE_UP", "stack", "stack_shapes", "unstack"]
