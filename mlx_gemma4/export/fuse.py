@@ -20,10 +20,11 @@ import mlx.core as mx
 
 from ..errors import AdapterError, ConfigError, listing
 from ..gemma import Gemma4
-from ..lora.state import read_updates, skeleton
+from ..lora.state import read_updates
 from ..lora.update import Update, require_effect, updates_of
 from ..model.checkpoint import INDEX, read_index, read_metadata
 from ..model.download import resolve
+from ..model.loader import build_backbone
 from ..model.names import inner_name, split_experts
 from ..model.plan import Plan, read_config
 from ..model.quantize import Packing, quantizable, stored_quantization
@@ -169,7 +170,7 @@ class _Fusion:
                 wanted="bits, to quantize it as it is fused",
                 do="give 4 or 8 instead of base, or leave quantization out",
             )
-        self._columns = quantizable(skeleton(self._plan))
+        self._columns = quantizable(build_backbone(self._plan))
         self._changes = {name: ChangeKept(name.removesuffix(".weight")) for name in updates}
 
     def config(self) -> dict[str, Any]:

@@ -28,17 +28,16 @@ def attach_lora(backbone: nn.Module, modules: Sequence[Module], config: LoraConf
         AdapterError: DoRA on experts, or a pattern that means none of the modules.
     """
     _require_meaning(modules, config)
-    layers = text_model(backbone).layers
-    for index in sorted({index for index, _ in modules}):
+    for index, layer in enumerate(text_model(backbone).layers):
         wrapped = []
-        for path, module in layers[index].named_modules():
+        for path, module in layer.named_modules():
             if (index, path) in modules:
                 rank, scale = settings_of(config, (index, path))
                 lora = _lora_layer(module, config).from_base(module, r=rank, scale=scale)
                 if config.dropout:
                     lora.dropout = KeyedDropout(config.dropout)
                 wrapped.append((path, lora))
-        layers[index].update_modules(tree_unflatten(wrapped))
+        layer.update_modules(tree_unflatten(wrapped))
     backbone.eval()
 
 
@@ -72,8 +71,8 @@ def without_lora(backbone: nn.Module) -> Iterator[None]:
 def _require_meaning(modules: Sequence[Module], config: LoraConfig) -> None:
     if config.use_dora and (experts := [path for _, path in modules if path in EXPERTS]):
         raise AdapterError(
-            f"use_dora with {experts[0]}",
-            wanted="DoRA on attention and dense MLP: neither mlx-lm nor PEFT has it for experts",
+            f"use_dora with {experts[0]}, which neither mlx-lm nor PEFT has",
+            wanted="DoRA on attention and dense MLP",
             do="leave experts out of lora_targets, or use_dora off",
         )
     for key in ("rank_pattern", "alpha_pattern"):

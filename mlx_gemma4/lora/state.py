@@ -10,30 +10,30 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_map
 
 from ..config import LoraConfig
 from ..errors import AdapterError, ModelError, listing
 from ..model.checkpoint import load_file, mismatches, shapes_of
 from ..model.loader import build_backbone
-from ..model.names import PLE_TABLE, Module, flat, is_frozen_buffer, text_model, text_prefix
+from ..model.names import (
+    PLE_TABLE,
+    Module,
+    flat,
+    inner_name,
+    is_frozen_buffer,
+    text_model,
+    text_prefix,
+)
 from ..model.plan import Plan
 from ..storage import new_file, write_text
 from .attach import attach_lora
 from .formats import format_of
 from .formats.format import CONFIG, Files, Stored
 from .formats.mlx_lm import MlxLm, config_of
-from .targets import PARTS, keys_of
+from .targets import keys_of
 from .update import Update, Whole, require_effect, updates_of
 
-__all__ = [
-    "adapter_of",
-    "load_adapter",
-    "read_files",
-    "read_updates",
-    "save_adapter",
-    "skeleton",
-]
+__all__ = ["adapter_of", "load_adapter", "read_files", "read_updates", "save_adapter"]
 
 
 def save_adapter(
@@ -41,14 +41,7 @@ def save_adapter(
 ) -> None:
     """Write the trainable parameters and the config that mlx-lm needs to load them.
 
-    Each file appears whole or not at all.
-
-    Args:
-        lora: the LoRA that was trained; None after full fine-tuning.
-        model: what was trained, for people who find the adapter.
-
-    Raises:
-        AdapterError: nothing is trainable, or a value is not finite.
+    Each file appears whole or not at all; arguments and errors are those of `adapter_of`.
     """
     config, weights = adapter_of(backbone, lora, model)
     folder = Path(folder)
@@ -60,6 +53,10 @@ def save_adapter(
 
 def adapter_of(backbone: nn.Module, lora: LoraConfig | None, model: str) -> Files:
     """The adapter that is on a backbone: adapter_config.json, and the tensors by name.
+
+    Args:
+        lora: the LoRA that was trained; None after full fine-tuning.
+        model: what was trained, for people who find the adapter.
 
     Raises:
         AdapterError: nothing is trainable, or a value is not finite.
@@ -104,10 +101,8 @@ def load_adapter(backbone: nn.Module, plan: Plan, folder: str | Path) -> LoraCon
     else:
         attach_lora(backbone, read.modules, read.lora)
         lora = _with_targets(read.lora, read.modules, backbone)
-        trainable = flat(backbone.trainable_parameters())
-        wanted = {n: v.shape for n, v in trainable.items() if n.rpartition(".")[2] in PARTS}
-    problems = mismatches(shapes_of(read.tensors), wanted)
-    if problems:
+        wanted = flat(backbone.trainable_parameters())
+    if problems := mismatches(shapes_of(read.tensors), shapes_of(wanted)):
         raise AdapterError(
             f"{len(problems)} tensors of {folder} do not fit this model:{listing(problems)}",
             wanted="the adapter of this model, whole",
@@ -115,7 +110,7 @@ def load_adapter(backbone: nn.Module, plan: Plan, folder: str | Path) -> LoraCon
         )
     backbone.load_weights(list(read.tensors.items()), strict=False)
     require_effect(backbone, str(folder))
-    mx.eval(backbone.parameters())
+    mx.eval(read.tensors)
     return lora
 
 
@@ -125,26 +120,12 @@ def read_updates(adapter: str | Path, plan: Plan) -> dict[str, Update]:
     Raises:
         AdapterError: as `load_adapter`.
     """
-    backbone = skeleton(plan)
+    backbone = build_backbone(plan)  # whose weights are lazy, and never made
+    backbone.freeze()
     if load_adapter(backbone, plan, adapter) is not None:
         return updates_of(backbone, plan)
-    prefix = text_prefix(backbone)
-    stored = load_file(Path(adapter).expanduser() / MlxLm.file)
-    names = {k.removeprefix(prefix).removeprefix("language_model."): v for k, v in stored.items()}
-    return {name: Whole(value) for name, value in names.items()}
-
-
-def skeleton(plan: Plan) -> nn.Module:
-    """The text backbone of a plan, frozen, all zero, and without memory for its weights."""
-    backbone = build_backbone(plan)
-    backbone.update(
-        tree_map(
-            lambda value: mx.broadcast_to(mx.zeros((), value.dtype), value.shape),
-            backbone.parameters(),
-        )
-    )
-    backbone.freeze()
-    return backbone
+    _, stored = read_files(Path(adapter).expanduser())
+    return {inner_name(name, plan) or name: Whole(value) for name, value in stored.items()}
 
 
 def read_files(folder: Path) -> Files:
@@ -178,7 +159,7 @@ def read_files(folder: Path) -> Files:
 
 def _wanted_of_full(
     backbone: nn.Module, config: Mapping[str, Any], weights: Mapping[str, Any]
-) -> dict[str, tuple[int, ...]]:
+) -> dict[str, mx.array]:
     """What fully fine-tuned weights must hold: the last num_layers layers, whole.
 
     Of the parts around the layers all or none, since mlx-lm trains none and we train all.
@@ -189,7 +170,7 @@ def _wanted_of_full(
     aside = (prefix + "layers.", f"{prefix}{PLE_TABLE}.")
     around = any(not name.startswith(prefix + "layers.") for name in weights)
     return {
-        name: value.shape
+        name: value
         for name, value in flat(backbone.parameters()).items()
         if name in weights
         or (name.startswith(layers) and not is_frozen_buffer(name))
@@ -198,15 +179,9 @@ def _wanted_of_full(
 
 
 def _with_targets(lora: LoraConfig, modules: list[Module], backbone: nn.Module) -> LoraConfig:
-    """The settings with targets within a layer where whole layers at the end are adapted."""
+    """The settings with targets: within a layer where whole layers at the end are adapted."""
     count, prefix = len(text_model(backbone).layers), text_prefix(backbone)
-    num_layers = lora.num_layers if lora.num_layers > 0 else count
-    keys = keys_of(modules, backbone, num_layers)
-    if keys[0].startswith(prefix):
-        num_layers = count - min(index for index, _ in modules)
-        keys = keys_of(modules, backbone, num_layers)
-    return dataclasses.replace(
-        lora,
-        targets=tuple(key.removeprefix(prefix) for key in keys),
-        num_layers=num_layers if num_layers < count else -1,
-    )
+    num_layers = count - min(index for index, _ in modules)
+    targets = [key.removeprefix(prefix) for key in keys_of(modules, backbone, num_layers)]
+    num_layers = num_layers if num_layers < count else -1
+    return dataclasses.replace(lora, targets=tuple(targets), num_layers=num_layers)

@@ -28,14 +28,13 @@ def resolve_targets(backbone: nn.Module, config: LoraConfig) -> list[Module]:
     Raises:
         AdapterError: a target that no layer has.
     """
-    layers = text_model(backbone).layers
-    if config.num_layers > len(layers):
+    count = len(text_model(backbone).layers)
+    if config.num_layers > count:
+        wanted = f"at most the model's {count} layers, or -1 for all"
         raise AdapterError(
-            f"num_layers is {config.num_layers}",
-            wanted=f"at most the model's {len(layers)} layers, or -1 for all",
-            do="change num_layers",
+            f"num_layers is {config.num_layers}", wanted=wanted, do="change num_layers"
         )
-    first = max(0, len(layers) - config.num_layers) if config.num_layers >= 0 else 0
+    first = count - config.num_layers if config.num_layers >= 0 else 0
     adaptable = adaptable_modules(backbone)
     for target in config.targets:
         if not any(is_meant(module, target) for module in adaptable):

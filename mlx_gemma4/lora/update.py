@@ -6,6 +6,7 @@ Shapes: E experts, R rank, O outputs, I inputs; E only for expert weights.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -111,15 +112,13 @@ def require_effect(backbone: nn.Module, where: str) -> None:
         AdapterError: nothing would change.
     """
     modules = [module for _, _, module in lora_layers(backbone)]
-    if not modules or any(module.lora_b.any() for module in modules):
-        return
-    for module in modules:
-        if "m" in module:
-            first = type(module).from_base(module.linear, r=1).m
-            if not mx.allclose(module.m, first, rtol=1e-5):
-                return
-    raise AdapterError(
-        f"every lora_b of {where} is zero",
-        wanted="an adapter that changes the model",
-        do="train it first",
-    )
+
+    def changes(module: Any) -> bool:
+        if module.lora_b.any() or "m" not in module:
+            return bool(module.lora_b.any())
+        untrained = type(module).from_base(module.linear, r=1).m
+        return not mx.allclose(module.m, untrained, rtol=1e-5)
+
+    if modules and not any(map(changes, modules)):
+        found, wanted = f"every lora_b of {where} is zero", "an adapter that changes the model"
+        raise AdapterError(found, wanted=wanted, do="train it first")
