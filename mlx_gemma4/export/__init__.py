@@ -18,17 +18,17 @@ import numpy as np
 
 from ..errors import AdapterError, ConfigError, ExportError, listing
 from ..gemma import Gemma4
+from ..lora.attach import require_effect
 from ..lora.formats import ADAPTERS, Adapter, Format
 from ..lora.formats.format import CONFIG
-from ..lora.formats.gguf import read_gguf, write_gguf
+from ..lora.formats.gguf import write_gguf
 from ..lora.formats.transformers import TransformersLibrary
 from ..lora.state import adapter_of
-from ..lora.update import require_effect
 from ..model.checkpoint import read_index
 from ..model.plan import read_config
 from ..storage import new_folder
-from .card import model_card
 from .fuse import ChangeKept, write_fused
+from .hub import model_card
 from .verify import Proof, check_adapter, check_logits
 
 __all__ = ["FORMATS", "export", "require_format"]
@@ -113,8 +113,8 @@ def _export_adapter(
         if not verify:
             return []
         check_adapter(gemma, partial)
-        seen = (gemma, format.name, format.library, partial, len(tensors))
-        return [check_logits(*seen, held=tensors)]
+        proof = Proof(format.name, len(tensors))
+        return [check_logits(gemma, proof, format.library, partial, held=tensors)]
 
 
 def _export_fused(
@@ -130,9 +130,9 @@ def _export_fused(
         if not quantized:
             libraries.append(TransformersLibrary())
         rounded = quantized or any(tensor.dtype != "F32" for tensor in stored.values())
+        proof = Proof("fused", len(stored))
         for library in libraries:
-            seen = (gemma, "fused", library, model, len(stored))
-            proofs.append(check_logits(*seen, rounded=rounded))
+            proofs.append(check_logits(gemma, proof, library, model, rounded=rounded))
 
     _require_replaceable(output, None)
     changes = write_fused(gemma, output, check=check if verify else None, **options)
@@ -149,8 +149,10 @@ def _export_gguf(gemma: Gemma4, output: Path, verify: bool) -> list[Proof | Chan
         )
     count = write_gguf(gemma.backbone, gemma.plan, output)
     if verify:
-        _, tensors = read_gguf(output)
-        broken = [name for name, value in tensors.items() if not np.isfinite(value).all()]
+        from gguf import GGUFReader
+
+        tensors = GGUFReader(output).tensors
+        broken = [tensor.name for tensor in tensors if not np.isfinite(tensor.data).all()]
         if len(tensors) != count or broken:
             raise ExportError(
                 f"{output} has {len(tensors)} tensors, {len(broken)} not finite:{listing(broken)}",

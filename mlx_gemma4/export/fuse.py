@@ -20,8 +20,8 @@ import mlx.core as mx
 
 from ..errors import AdapterError, ConfigError, listing
 from ..gemma import Gemma4
+from ..lora.attach import Update, require_effect, updates_of
 from ..lora.state import read_updates
-from ..lora.update import Update, require_effect, updates_of
 from ..model.checkpoint import INDEX, read_index, read_metadata
 from ..model.download import resolve
 from ..model.loader import build_backbone

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,8 @@ import numpy as np
 
 from ..errors import AdapterError, ExportError, Gemma4Error, listing
 from ..gemma import Gemma4, load
-from ..lora.attach import without_lora
+from ..lora.attach import Update, Whole, updates_of, without_lora
 from ..lora.state import read_updates
-from ..lora.update import Update, Whole, updates_of
 from ..model.checkpoint import mismatches, shapes_of
 from ..model.download import resolve
 from ..model.names import is_frozen_buffer
@@ -125,10 +124,9 @@ def _require_same(
 
 def check_logits(
     gemma: Gemma4,
-    format: str,
+    proof: Proof,
     library: Any,
     export: Path,
-    count: int,
     *,
     held: Mapping[str, mx.array] | None = None,
     rounded: bool = False,
@@ -137,9 +135,9 @@ def check_logits(
 
     Args:
         gemma: the trained model.
+        proof: with the format and the count of tensors; completed and returned.
         library: as in `lora.formats.format`; for a whole model `load` and `logits` are enough.
         export: the folder to load.
-        count: how many tensors it has.
         held: of an adapter the tensors that the library must hold after loading it onto the base,
             by name; None for an export that is a model by itself.
         rounded: the export's weights are the trained ones to fewer digits, so its logits may
@@ -151,16 +149,15 @@ def check_logits(
     """
     missing = [name for name in library.packages if not find_spec(name)]
     if missing:
-        return Proof(format, count, why_not=f"{' and '.join(missing)} not installed")
+        return replace(proof, why_not=f"{' and '.join(missing)} not installed")
     package = library.packages[-1]
     by = f"{package.replace('_', '-')} {importlib.metadata.version(package)}"
     if held is not None and (unfit := library.unfit()):
-        return Proof(format, count, why_not=f"{by} is installed, and {unfit}")
-    prompts = _prompts(gemma)
-    ours, base = _logits_of(gemma, prompts), _base_logits(gemma, prompts)
+        return replace(proof, why_not=f"{by} is installed, and {unfit}")
+    prompts, ours, base = _our_logits(gemma)
     loaded = _attempt(library.load, resolve(gemma.name))
     if isinstance(loaded, str):
-        return Proof(format, count, why_not=f"{by} does not load the base: {loaded}")
+        return replace(proof, why_not=f"{by} does not load the base: {loaded}")
     their_base = [library.logits(loaded, tokens) for tokens in prompts]
     if held is None:
         loaded = _attempt(library.load, export)
@@ -182,12 +179,12 @@ def check_logits(
         }
         _require_same(found, held, f"the adapter in {by}")
     theirs = [library.logits(loaded, tokens) for tokens in prompts]
-    proof = Proof(format, count, by, _gap(theirs, ours), _gap(theirs, their_base))
-    _judge(proof, _gap(their_base, base), rounded)
-    return proof
+    gap, moved_by = _gap(theirs, ours), _gap(theirs, their_base)
+    proof = replace(proof, by=by, difference=gap, moved_by=moved_by)
+    return _judged(proof, _gap(their_base, base), rounded)
 
 
-def _judge(proof: Proof, base_gap: float, rounded: bool) -> None:
+def _judged(proof: Proof, base_gap: float, rounded: bool) -> Proof:
     """A base that differs by itself, as one of low precision does, lets the export differ more."""
     if not proof.moved_by:
         raise ExportError(
@@ -204,28 +201,27 @@ def _judge(proof: Proof, base_gap: float, rounded: bool) -> None:
             wanted=f"at most {allowed:.2e}, and a base that differs less than the export moves it",
             do="report this; --no-verify exports all the same",
         )
+    return proof
 
 
-def _prompts(gemma: Gemma4) -> list[list[int]]:
-    """Token ids of the prompts; a tokenizer may know more of them than the model."""
+def _our_logits(gemma: Gemma4) -> tuple[list[list[int]], list[np.ndarray], list[np.ndarray]]:
+    """Token ids of the prompts, and (T, V) for each by the trained model and by its base."""
+    # A tokenizer may know more tokens than the model.
     known = [
         [token for token in gemma.tokenizer.encode(prompt) if token < gemma.plan.vocab_size]
         for prompt in PROMPTS
     ]
-    return [tokens[:_MOST_TOKENS] for tokens in known if tokens]
+    prompts = [tokens[:_MOST_TOKENS] for tokens in known if tokens]
 
+    def logits(model: Gemma4) -> list[np.ndarray]:
+        return [np.array(model.logits(mx.array([tokens]))[0]) for tokens in prompts]
 
-def _logits_of(gemma: Gemma4, prompts: list[list[int]]) -> list[np.ndarray]:
-    """Ours, (T, V) for each prompt, through the training forward."""
     gemma.backbone.eval()
-    return [np.array(gemma.logits(mx.array([tokens]))[0]) for tokens in prompts]
-
-
-def _base_logits(gemma: Gemma4, prompts: list[list[int]]) -> list[np.ndarray]:
+    ours = logits(gemma)
     if gemma.lora is None:
-        return _logits_of(load(gemma.name), prompts)
+        return prompts, ours, logits(load(gemma.name))
     with without_lora(gemma.backbone):
-        return _logits_of(gemma, prompts)
+        return prompts, ours, logits(gemma)
 
 
 def _attempt(action: Callable[..., Any], *arguments: Any) -> Any:

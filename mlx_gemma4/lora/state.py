@@ -26,12 +26,11 @@ from ..model.names import (
 )
 from ..model.plan import Plan
 from ..storage import new_file, write_text
-from .attach import attach_lora
+from .attach import Update, Whole, attach_lora, require_effect, updates_of
 from .formats import format_of
 from .formats.format import CONFIG, Files, Stored
 from .formats.mlx_lm import MlxLm, config_of
 from .targets import keys_of
-from .update import Update, Whole, require_effect, updates_of
 
 __all__ = ["adapter_of", "load_adapter", "read_files", "read_updates", "save_adapter"]
 

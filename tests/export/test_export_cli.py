@@ -15,7 +15,7 @@ import mlx_gemma4 as g4
 from mlx_gemma4.errors import run_command
 from mlx_gemma4.export import FORMATS, export
 from mlx_gemma4.export import __main__ as command
-from mlx_gemma4.export.card import kind_of
+from mlx_gemma4.export.hub import kind_of
 
 
 @pytest.fixture(scope="module")

@@ -20,8 +20,8 @@ import mlx_gemma4 as g4
 from mlx_gemma4.export import export
 from mlx_gemma4.export import fuse as fuse_module
 from mlx_gemma4.export.fuse import fuse_adapter, write_fused
+from mlx_gemma4.lora.attach import updates_of
 from mlx_gemma4.lora.state import save_adapter
-from mlx_gemma4.lora.update import updates_of
 from mlx_gemma4.model.checkpoint import read_index, read_metadata
 from mlx_gemma4.model.names import DEAD_KV, split_experts, text_model
 from mlx_gemma4.model.plan import Plan, read_config

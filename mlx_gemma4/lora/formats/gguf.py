@@ -20,9 +20,9 @@ from ...errors import AdapterError, CapabilityError, ConfigError, listing
 from ...model.names import Module
 from ...model.plan import Plan
 from ...storage import new_file
-from ..update import LowRank, low_rank_updates, require_effect
+from ..attach import LowRank, low_rank_updates, require_effect
 
-__all__ = ["USE", "read_gguf", "write_gguf"]
+__all__ = ["USE", "write_gguf"]
 
 USE = """\
 ```bash
@@ -32,8 +32,6 @@ llama-cli -m BASE.gguf --lora {file} -p "..."
 
 `BASE.gguf` is {base}, converted with llama.cpp's `convert_hf_to_gguf.py`."""
 """How an adapter on the Hub is loaded."""
-
-_FUSE = "export a fused model and convert that with llama.cpp's convert_hf_to_gguf.py"
 
 
 def write_gguf(backbone: nn.Module, plan: Plan, file: str | Path) -> int:
@@ -48,14 +46,10 @@ def write_gguf(backbone: nn.Module, plan: Plan, file: str | Path) -> int:
         ConfigError: the file cannot be written.
     """
     gguf = _package()
-    updates = low_rank_updates(backbone)
-    if not updates:
-        raise AdapterError(
-            "the model carries no LoRA", wanted="LoRA: a GGUF adapter holds nothing else", do=_FUSE
-        )
-    require_effect(backbone, "the model")
     arch = gguf.MODEL_ARCH.GEMMA4
-    pairs = _pairs(updates, gguf.get_tensor_name_map(arch, len(plan.layers)))
+    require_effect(backbone, "the model")
+    names = gguf.get_tensor_name_map(arch, len(plan.layers))
+    pairs = _pairs(low_rank_updates(backbone), names)
     file = Path(file).expanduser()
     alpha = Counter(update.scale * update.rank for update in pairs.values()).most_common(1)[0][0]
     try:
@@ -83,25 +77,6 @@ def write_gguf(backbone: nn.Module, plan: Plan, file: str | Path) -> int:
     return 2 * len(pairs)
 
 
-def read_gguf(file: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The metadata and the tensors of a GGUF file.
-
-    Raises:
-        AdapterError: not a whole GGUF file.
-        CapabilityError: the gguf package is not installed.
-    """
-    gguf = _package()
-    try:
-        reader = gguf.GGUFReader(Path(file).expanduser())
-        metadata = {name: field.contents() for name, field in reader.fields.items()}
-        tensors = {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
-    except (OSError, ValueError, IndexError, KeyError) as error:
-        raise AdapterError(
-            f"{file} cannot be read: {error}", wanted="a whole GGUF file", do="export it again"
-        ) from None
-    return metadata, tensors
-
-
 def _pairs(updates: Mapping[Module, LowRank], names: Any) -> dict[str, LowRank]:
     """The updates under llama.cpp's names, such as `blk.3.attn_q`."""
     pairs: dict[str, LowRank] = {}
@@ -117,11 +92,13 @@ def _pairs(updates: Mapping[Module, LowRank], names: Any) -> dict[str, LowRank]:
             refused.append(f"{path}: not a weight of llama.cpp's gemma4")
         else:
             pairs[name] = update
-    if refused:
+    if refused or not pairs:
         raise AdapterError(
-            f"{len(refused)} modules cannot go into a GGUF adapter:{listing(refused)}",
+            f"{len(refused)} modules cannot go into a GGUF adapter:{listing(refused)}"
+            if refused
+            else "the model carries no LoRA",
             wanted="LoRA on attention, the dense MLP, the router or the per-layer gates",
-            do=_FUSE,
+            do="export a fused model and convert that with llama.cpp's convert_hf_to_gguf.py",
         )
     return pairs
 

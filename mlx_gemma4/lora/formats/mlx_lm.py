@@ -25,8 +25,8 @@ import numpy as np
 from ...config import LoraConfig
 from ...errors import AdapterError, ConfigError
 from ...model.names import flat, is_dead, text_model, text_prefix
-from ..targets import PARTS, adaptable_modules, keys_of, module_name, resolve_targets
-from ..update import low_rank_updates
+from ..attach import low_rank_updates
+from ..targets import adaptable_modules, keys_of, module_name, resolve_targets
 from .format import CONFIG, Adapter, Files, Read, Stored, alpha_of
 
 __all__ = ["MlxLm", "MlxLmLibrary", "config_of"]
@@ -102,7 +102,8 @@ model, tokenizer = load("{base}", adapter_path=snapshot_download("{repo}"))
             short = [key.removeprefix(prefix).removeprefix("model.") for key in keys]
             targets = dataclasses.replace(lora, targets=tuple(short))
             return Read(lora, resolve_targets(backbone, targets), tensors)
-        named = {name.rpartition(".")[0] for name in tensors if name.endswith(PARTS)}
+        parts = (".lora_a", ".lora_b", ".m")
+        named = {name.rpartition(".")[0] for name in tensors if name.endswith(parts)}
         known = adaptable_modules(backbone)
         modules = sorted(module for module in known if module_name(backbone, module) in named)
         if not modules:
@@ -147,15 +148,9 @@ model, tokenizer = load("{base}", adapter_path=snapshot_download("{repo}"))
 
 def config_of(lora: LoraConfig | None, backbone: nn.Module, model: str) -> dict[str, Any]:
     """adapter_config.json of a run's adapter, patterns and all."""
-    config: dict[str, Any] = {
-        "model": model,
-        "fine_tune_type": "full" if lora is None else "dora" if lora.use_dora else "lora",
-        "num_layers": len(text_model(backbone).layers),
-    }
+    count = len(text_model(backbone).layers)
     if lora is None:
-        return config
-    if lora.num_layers >= 0:
-        config["num_layers"] = lora.num_layers
+        return {"model": model, "fine_tune_type": "full", "num_layers": count}
     parameters: dict[str, Any] = {"rank": lora.rank, "scale": lora.scale}
     if lora.rank_pattern or lora.alpha_pattern:
         parameters = {"rank": lora.rank, "alpha": lora.alpha}
@@ -163,27 +158,27 @@ def config_of(lora: LoraConfig | None, backbone: nn.Module, model: str) -> dict[
         parameters["alpha_pattern"] = dict(lora.alpha_pattern or {})
     if lora.use_rslora:
         parameters["use_rslora"] = True
-    keys = keys_of(list(low_rank_updates(backbone)), backbone, config["num_layers"])
-    config["lora_parameters"] = {**parameters, "dropout": lora.dropout, "keys": keys}
-    return config
+    num_layers = lora.num_layers if lora.num_layers >= 0 else count
+    keys = keys_of(list(low_rank_updates(backbone)), backbone, num_layers)
+    return {
+        "model": model,
+        "fine_tune_type": "dora" if lora.use_dora else "lora",
+        "num_layers": num_layers,
+        "lora_parameters": {**parameters, "dropout": lora.dropout, "keys": keys},
+    }
 
 
 def _settings(config: Mapping[str, Any], folder: Path, num_layers: int) -> LoraConfig:
-    """The settings in an adapter_config.json, without targets.
-
-    Args:
-        folder: for messages.
-        num_layers: how many the model has; as many in the config are all.
-    """
+    """The settings in an adapter_config.json, without targets, for a model of so many layers."""
     try:
         saved = config["lora_parameters"]
         rank, rslora = int(saved["rank"]), bool(saved.get("use_rslora", False))
         ranks, alphas = saved.get("rank_pattern") or None, saved.get("alpha_pattern") or None
-        alpha = saved.get("alpha") if ranks or alphas else None
+        is_ours = (ranks or alphas) and "alpha" in saved
         layers = int(config.get("num_layers", -1))
         return LoraConfig(
             rank=rank,
-            alpha=alpha_of(float(saved["scale"]), rank, rslora) if alpha is None else float(alpha),
+            alpha=float(saved["alpha"] if is_ours else alpha_of(saved["scale"], rank, rslora)),
             dropout=float(saved.get("dropout", 0.0)),
             num_layers=layers if 0 < layers < num_layers else -1,
             use_rslora=rslora,
@@ -194,6 +189,6 @@ def _settings(config: Mapping[str, Any], folder: Path, num_layers: int) -> LoraC
     except (KeyError, TypeError, ValueError, ConfigError) as error:
         raise AdapterError(
             f"{folder / CONFIG} lacks {error}",
-            wanted="num_layers and lora_parameters with rank, scale and keys, as mlx-lm saves them",
+            wanted="lora_parameters with rank, scale and keys, as mlx-lm saves them",
             do="export the adapter in mlx-lm's layout",
         ) from None

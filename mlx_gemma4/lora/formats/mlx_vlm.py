@@ -24,8 +24,8 @@ from ...errors import AdapterError
 from ...model.capability import inspect_backbone
 from ...model.kv_store import apply_kv_store
 from ...model.names import EXPERTS, text_prefix
+from ..attach import low_rank_updates
 from ..targets import module_name
-from ..update import low_rank_updates
 from .format import CONFIG, Adapter, Files, Read, Stored
 from .mlx_lm import MlxLm, MlxLmLibrary
 

@@ -27,8 +27,8 @@ from ...config import LoraConfig
 from ...errors import AdapterError, listing
 from ...model.checkpoint import mismatches, shapes_of
 from ...model.names import Module, is_dead, text_model, text_prefix
+from ..attach import LowRank, low_rank_updates
 from ..targets import adaptable_modules, module_name
-from ..update import LowRank, low_rank_updates
 from .format import Adapter, Files, Read, Stored, alpha_of
 from .stacked import DOWN, GATE_UP, stack, stack_shapes, unstack
 from .transformers import PeftLibrary, architecture

@@ -16,7 +16,7 @@ from dataclasses import replace
 import mlx.core as mx
 
 from ...model.names import EXPERTS, Module
-from ..update import LowRank
+from ..attach import LowRank
 
 __all__ = ["DOWN", "GATE_UP", "stack", "stack_shapes", "unstack"]
 
