@@ -85,9 +85,7 @@ def require_format(format: str, options: Mapping[str, Any]) -> None:
         )
     if options and format != "fused":
         raise ConfigError(
-            f"{', '.join(options)} given for {format}",
-            wanted="them for a fused model only",
-            do="leave them out, or export with format fused",
+            f"{', '.join(options)} given for {format}", wanted="format fused", do="leave them out"
         )
 
 
@@ -97,9 +95,7 @@ def _export_adapter(
     adapter_of(gemma.backbone, gemma.lora, gemma.name)  # which refuses what is not finite
     if gemma.lora is None and format.name != "mlx-lm":
         raise AdapterError(
-            f"the model was trained whole, and {format.name} is a format of adapters",
-            wanted="LoRA, or another format",
-            do="export it with --format fused",
+            f"{format.name} has no whole weights", wanted="LoRA", do="export it with --format fused"
         )
     require_effect(gemma.backbone, "the model")
     adapter = Adapter(gemma.lora, gemma.backbone, gemma.plan, gemma.name)

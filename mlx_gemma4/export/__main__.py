@@ -38,9 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
         )
     if output.resolve() in [Path(path).resolve() for path in (source, adapter, model)]:
         raise ConfigError(
-            f"--output is {output}, which is read",
-            wanted="another folder, so that nothing is lost",
-            do="change --output",
+            f"--output is {output}, which is read", wanted="another folder", do="change --output"
         )
     if given.push:
         require_repo_id(given.push)

@@ -165,11 +165,8 @@ class _Fusion:
         if isinstance(quantize, int):
             self._new = Packing.asked_for(group_size, quantize)
         elif quantize == "base" and stored_quantization(self._config) is None:
-            raise ConfigError(
-                "the base is not quantized",
-                wanted="bits, to quantize it as it is fused",
-                do="give 4 or 8 instead of base, or leave quantization out",
-            )
+            wanted, do = "bits, to quantize it as it is fused", "give 4 or 8 instead of base"
+            raise ConfigError("the base is not quantized", wanted=wanted, do=do)
         self._columns = quantizable(build_backbone(self._plan))
         self._changes = {name: ChangeKept(name.removesuffix(".weight")) for name in updates}
 
@@ -282,11 +279,8 @@ class _Fusion:
             )
         if found := [change for change in changes if change.wanted]:
             return sorted(found, key=lambda kept: kept.cosine)
-        raise AdapterError(
-            "the trained weights are those of the base",
-            wanted="a change to fuse",
-            do="train first",
-        )
+        same = "the trained weights are those of the base"
+        raise AdapterError(same, wanted="a change to fuse", do="train first")
 
 
 def _part_shape(shape: tuple[int, ...], parts: int) -> tuple[int, ...]:

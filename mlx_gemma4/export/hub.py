@@ -177,17 +177,11 @@ def push_folder(
     output, source = Path(output).expanduser(), Path(source).expanduser() if source else None
     kind, token = kind_of(output), get_token()
     if kind is None:
-        raise ConfigError(
-            f"{output} is no export",
-            wanted="a folder with an adapter or a model, or a .gguf file",
-            do="export first",
-        )
+        wanted = "a folder with an adapter or a model, or a .gguf file"
+        raise ConfigError(f"{output} is no export", wanted=wanted, do="export first")
     if token is None:
-        raise ConfigError(
-            "there is no token for the Hub",
-            wanted="one with the right to write",
-            do="hf auth login, or set HF_TOKEN",
-        )
+        wanted, do = "one with the right to write", "hf auth login, or set HF_TOKEN"
+        raise ConfigError("there is no token for the Hub", wanted=wanted, do=do)
     card = model_card(output, repo_id, source).encode()
     operations = [CommitOperationAdd("README.md", card)]
     for path in [output] if output.is_file() else sorted(output.iterdir()):
@@ -202,11 +196,8 @@ def push_folder(
             return str(done.commit_url)
     except Exception as error:  # anything: it is another library's
         raise _refusal(error, repo_id, token) from None
-    raise ExportError(
-        f"{repo_id} exists and is public",
-        wanted="a private repository; nothing was uploaded",
-        do="name another, or make it private in its settings on the Hub",
-    )
+    wanted, do = "a private repository; nothing was uploaded", "name another, or make it private"
+    raise ExportError(f"{repo_id} exists and is public", wanted=wanted, do=do)
 
 
 def require_repo_id(repo_id: str) -> None:

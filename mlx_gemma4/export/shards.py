@@ -11,6 +11,7 @@ import math
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,11 +82,14 @@ class StoredWeight:
         return values.astype(DTYPES[self.dtype][1])
 
     def copies(self) -> list[Job]:
-        """The stored tensors as they are."""
+        """The stored tensors as they are, byte by byte, of any dtype."""
         base = self.key.removesuffix(".weight")
         return [
-            _copy(self.key if name == "weight" else f"{base}.{name}", tensor)
-            for name, tensor in self.tensors.items()
+            Job(
+                [Output(self.key if n == "weight" else f"{base}.{n}", t.dtype, t.shape, t.nbytes)],
+                partial(_read_bytes, t),
+            )
+            for n, t in self.tensors.items()
         ]
 
 
@@ -130,15 +134,10 @@ def _read_rows(tensor: StoredTensor, start: int, stop: int) -> mx.array:
     return array if array.dtype == dtype else array.view(dtype)
 
 
-def _copy(name: str, tensor: StoredTensor) -> Job:
-    """A stored tensor byte by byte, of any dtype."""
-
-    def pieces() -> Iterator[Sequence[Any]]:
-        for start in range(0, tensor.nbytes, _COPY_BYTES):
-            count = min(_COPY_BYTES, tensor.nbytes - start)
-            yield (np.fromfile(tensor.path, np.uint8, count, offset=tensor.offset + start),)
-
-    return Job((Output(name, tensor.dtype, tensor.shape, tensor.nbytes),), pieces)
+def _read_bytes(tensor: StoredTensor) -> Iterator[Sequence[Any]]:
+    for start in range(0, tensor.nbytes, _COPY_BYTES):
+        count = min(_COPY_BYTES, tensor.nbytes - start)
+        yield (np.fromfile(tensor.path, np.uint8, count, offset=tensor.offset + start),)
 
 
 # ---------------------------------------------------------------- writing
@@ -179,19 +178,15 @@ def write_shards(
 
 def _write_file(path: Path, jobs: Sequence[Job], metadata: Mapping[str, str]) -> None:
     # Wide types first, so that every tensor begins at a multiple of its own width.
-    outputs = sorted(
-        (output for job in jobs for output in job.outputs),
-        key=lambda output: -output.nbytes // max(math.prod(output.shape), 1),
-    )
-    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    outputs = [output for job in jobs for output in job.outputs]
+    outputs.sort(key=lambda output: -output.nbytes // max(math.prod(output.shape), 1))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
     starts, end = {}, 0
     for output in outputs:
-        starts[output.name], begin, end = end, end, end + output.nbytes
-        header[output.name] = {
-            "dtype": output.dtype,
-            "shape": output.shape,
-            "data_offsets": [begin, end],
-        }
+        starts[output.name], end = end, end + output.nbytes
+        offsets = [starts[output.name], end]
+        entry = {"dtype": output.dtype, "shape": output.shape, "data_offsets": offsets}
+        header[output.name] = entry
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:

@@ -43,12 +43,10 @@ class Proof:
     """What was seen of an export.
 
     Attributes:
-        format: as asked for.
         tensors: how many it has.
-        by: the library that loaded it, with its version; None if none did.
+        by: the library that loaded it, with its version; None, and `why_not`, if none did.
         difference: largest difference of its logits from the trained model's in memory.
         moved_by: largest difference of its logits from the base's, in that library.
-        why_not: why no library loaded it.
     """
 
     format: str
@@ -165,9 +163,7 @@ def check_logits(
         loaded = _attempt(library.attach, loaded, export)
     if isinstance(loaded, str):
         raise ExportError(
-            f"{by} does not load {export}: {loaded}",
-            wanted="an export that its library loads",
-            do="report this; the export was not kept",
+            f"{by} does not load {export}: {loaded}", wanted="that it does", do="report this"
         )
     if held is not None:
         # What else the library made for the adapter must be zero.
@@ -188,9 +184,7 @@ def _judged(proof: Proof, base_gap: float, rounded: bool) -> Proof:
     """A base that differs by itself, as one of low precision does, lets the export differ more."""
     if not proof.moved_by:
         raise ExportError(
-            f"in {proof.by} the export changes no logit",
-            wanted="the trained model",
-            do="train it first, or report this",
+            f"in {proof.by} the export changes no logit", wanted="a change", do="train it first"
         )
     allowed = max(EXACT, 3 * base_gap, proof.moved_by / 2 if rounded else 0)
     lost = base_gap > max(EXACT, proof.moved_by)

@@ -80,11 +80,8 @@ def without_lora(backbone: nn.Module) -> Iterator[None]:
 
 def _require_meaning(modules: Sequence[Module], config: LoraConfig) -> None:
     if config.use_dora and (experts := [path for _, path in modules if path in EXPERTS]):
-        raise AdapterError(
-            f"use_dora with {experts[0]}, which neither mlx-lm nor PEFT has",
-            wanted="DoRA on attention and dense MLP",
-            do="leave experts out of lora_targets, or use_dora off",
-        )
+        found = f"use_dora with {experts[0]}, which neither mlx-lm nor PEFT has"
+        raise AdapterError(found, wanted="DoRA on attention and dense MLP", do="set use_dora off")
     for key in ("rank_pattern", "alpha_pattern"):
         for word in getattr(config, key) or {}:
             if not any(is_meant(module, word) for module in modules):
@@ -104,7 +101,7 @@ def _lora_layer(module: nn.Module, config: LoraConfig) -> Any:
     if config.use_dora and 32 % getattr(module, "bits", 8):
         raise AdapterError(
             f"use_dora on weights of {module.bits} bits",
-            wanted="full precision, or 2, 4 or 8 bits: mlx-lm's DoRA misreads other widths",
+            wanted="2, 4, 8 or 16: mlx-lm's DoRA misreads other widths",
             do="use_dora off, or load another quantization",
         )
     return DoRALinear if config.use_dora else LoRALinear

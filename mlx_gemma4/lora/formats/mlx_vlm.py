@@ -95,11 +95,8 @@ model, processor = load("{base}", adapter_path=snapshot_download("{repo}"))
         keys are left out; what the file does not hold then stays zero.
         """
         if text_prefix(adapter.backbone) == "model.":
-            raise AdapterError(
-                "the model is text only, and mlx-vlm has no gemma4_text",
-                wanted="a model with image or audio encoders, such as google/gemma-4-E2B-it",
-                do="export for mlx-lm",
-            )
+            found = "the model is text only, and mlx-vlm has no gemma4_text"
+            raise AdapterError(found, wanted="a model with encoders", do="export for mlx-lm")
         config, tensors = super().write(adapter)
         config["num_layers"] = -1
         modules = list(low_rank_updates(adapter.backbone))
@@ -123,11 +120,8 @@ class MlxVlmLegacy(MlxVlm):
     def read(self, stored: Stored) -> Read:
         config = stored.config
         if missing := [key for key in ("rank", "alpha") if config.get(key) is None]:
-            raise AdapterError(
-                f"{stored.folder / CONFIG} lacks {missing[0]}",
-                wanted="rank and alpha, as mlx-vlm 0.4 saves them",
-                do="take the adapter's own adapter_config.json",
-            )
+            found, wanted = f"{stored.folder / CONFIG} lacks {missing[0]}", "rank and alpha"
+            raise AdapterError(found, wanted=wanted, do="take the adapter's own config")
         as_mlx_lm = {"lora_parameters": {**config, "scale": config["alpha"]}}
         ours = _renamed(stored.tensors, {"A": "lora_a", "B": "lora_b"})
         return super().read(dataclasses.replace(stored, config=as_mlx_lm, tensors=ours))

@@ -6,6 +6,7 @@ Shapes: T tokens, V vocabulary.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,10 @@ class PeftLibrary(TransformersLibrary):
     def attach(self, model: Any, adapter: Path) -> Any:
         import peft
 
-        return peft.PeftModel.from_pretrained(model, str(adapter)).eval()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.filterwarnings("error", "(?s).*missing adapter keys")
+            return peft.PeftModel.from_pretrained(model, str(adapter)).eval()
 
     def holds(self, model: Any) -> dict[str, mx.array]:
         import peft
