@@ -38,12 +38,11 @@ def load(
     """Load a Gemma 4 for training or generation.
 
     Args:
-        path_or_hub_id: a checkpoint folder, or a Hugging Face id.
-        adapter: an adapter folder in mlx-lm's layout, such as OUTPUT/adapter.
+        adapter: an adapter folder of any format, such as OUTPUT/adapter.
         encoders: build vision and audio encoders too, through mlx-vlm.
 
     Returns:
-        The model, frozen (but for the adapter); `add_lora` or `train_all` says what trains.
+        The model, frozen but for the adapter; `add_lora` or `train_all` says what trains.
 
     Raises:
         ModelError: the checkpoint cannot be used as it is.
@@ -77,7 +76,7 @@ class Gemma4:
     Attributes:
         name: the path or Hub id that it was loaded from.
         loaded: backbone, plan, PLE rows, and the loader's report.
-        tokenizer: the transformers tokenizer, with the chat template.
+        tokenizer: transformers' tokenizer, with the chat template.
         processor: mlx-vlm's processor where encoders were loaded.
         end_tokens: token ids on which an answer ends.
         lora: the settings of the LoRA layers on it, if any.
@@ -167,16 +166,15 @@ class Gemma4:
         plan, loaded = self.plan, self.loaded
         nbytes = sum(value.nbytes for value in flat(self.backbone.parameters()).values())
         on_disk = f" + {size(loaded.ple_rows.nbytes)} PLE on disk" if loaded.ple_rows else ""
-        sources = ", ".join(map(str, sorted(plan.kv_sources)))
-        shared = f", the last {plan.num_shared} with K/V of layers {sources}"
-        shared = shared if plan.num_shared else ""
-        counts = f" ({loaded.dropped} dead K/V tensors dropped)" if loaded.dropped else ""
-        lines = [
-            f"Gemma 4 {plan.member} ({plan.model_type}) from {self.name}",
-            f"  layers:  {len(plan.layers)}{shared}{counts}",
-            f"  memory:  {size(nbytes)}{on_disk}",
-            f"  gate:    {loaded.verdict}",
-        ]
+        layers = str(len(plan.layers))
+        if plan.num_shared:
+            sources = ", ".join(map(str, sorted(plan.kv_sources)))
+            layers += f", the last {plan.num_shared} with K/V of layers {sources}"
+        if loaded.dropped:
+            layers += f" ({loaded.dropped} dead K/V tensors dropped)"
+        lines = [f"Gemma 4 {plan.member} ({plan.model_type}) from {self.name}"]
+        lines += [f"  layers:  {layers}", f"  memory:  {size(nbytes)}{on_disk}"]
+        lines += [f"  gate:    {loaded.verdict}"]
         if loaded.left_out:
             lines.append(f"  encoders: {loaded.left_out} tensors left out (text only)")
         if self.lora:

@@ -17,6 +17,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from huggingface_hub import split_state_dict_into_shards_factory
 
 from ..model.checkpoint import DTYPES, INDEX, StoredTensor
 from ..model.quantize import Packing, stored_packing, stored_quantization
@@ -159,20 +160,20 @@ def write_shards(
         metadata: text by key, for every file's header.
         shard_bytes: the most bytes of a file; a job that is larger has a file of its own.
     """
-    shards: list[list[Job]] = [[]]
-    for job in jobs:
-        if shards[-1] and sum(other.nbytes for other in shards[-1]) + job.nbytes > shard_bytes:
-            shards.append([])
-        shards[-1].append(job)
+    by_name = {job.outputs[0].name: job for job in jobs}
+    split = split_state_dict_into_shards_factory(
+        by_name,
+        get_storage_size=lambda job: job.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=shard_bytes,
+    )
     placed: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        name = name if len(shards) > 1 else "model.safetensors"
-        _write_file(folder / name, shard, metadata)
-        placed |= {output.name: name for job in shard for output in job.outputs}
-    if len(shards) > 1:
-        total = sum(job.nbytes for shard in shards for job in shard)
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
+    for file, names in split.filename_to_tensors.items():
+        shard = [by_name[name] for name in names]
+        _write_file(folder / file, shard, metadata)
+        placed |= {output.name: file for job in shard for output in job.outputs}
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": dict(sorted(placed.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 

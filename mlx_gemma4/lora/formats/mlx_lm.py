@@ -91,11 +91,8 @@ model, tokenizer = load("{base}", adapter_path=snapshot_download("{repo}"))
         if kind == "full":
             return Read(None, [], tensors)
         if kind not in ("lora", "dora"):
-            raise AdapterError(
-                f"{folder} holds a {kind} adapter",
-                wanted="fine_tune_type lora, dora or full",
-                do="load it with the library that wrote it",
-            )
+            found, wanted = f"{folder} holds a {kind} adapter", "fine_tune_type lora, dora or full"
+            raise AdapterError(found, wanted=wanted, do="load it with the library that wrote it")
         lora = _settings(config, folder, len(text_model(backbone).layers))
         if keys := config["lora_parameters"].get("keys"):
             # mlx-vlm also takes paths from its language model on: model.layers.0...

@@ -130,10 +130,8 @@ model = PeftModel.from_pretrained(base, "{repo}")
         ours: dict[str, mx.array] = {}
         for module, update in updates.items():
             ours |= update.tensors(module_name(backbone, module))
-        rank_pattern, alpha_pattern = _patterns(updates, lora)
-        lora = dataclasses.replace(
-            lora, rank_pattern=rank_pattern or None, alpha_pattern=alpha_pattern or None
-        )
+        own_ranks, alphas = (pattern or None for pattern in _patterns(updates, lora))
+        lora = dataclasses.replace(lora, rank_pattern=own_ranks, alpha_pattern=alphas)
         return Read(lora, sorted(updates), ours)
 
     def write(self, adapter: Adapter) -> Files:
@@ -148,14 +146,10 @@ model = PeftModel.from_pretrained(base, "{repo}")
             tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = a, b
             if magnitude is not None:
                 tensors[f"{name}.lora_magnitude_vector"] = magnitude
-        return {
-            **_config(adapter.lora, updates, outer, len(text_model(adapter.backbone).layers)),
-            "base_model_name_or_path": adapter.model,
-            "auto_mapping": {
-                "base_model_class": architecture(adapter.plan, self._causal),
-                "parent_library": "transformers",
-            },
-        }, tensors
+        config = _config(adapter.lora, updates, outer, len(text_model(adapter.backbone).layers))
+        model_class = architecture(adapter.plan, self._causal)
+        mapped = {"base_model_class": model_class, "parent_library": "transformers"}
+        return {**config, "base_model_name_or_path": adapter.model, "auto_mapping": mapped}, tensors
 
     def _outer(self, backbone: nn.Module) -> str:
         return _CLASSES[self._causal or text_prefix(backbone) == "model."]
@@ -177,11 +171,12 @@ def _patterns(
     updates: Mapping[Module, LowRank], lora: LoraConfig
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Ranks and alphas that are not the adapter's own, in PEFT's words."""
-    alphas = {m: alpha_of(u.scale, u.rank, lora.use_rslora) for m, u in updates.items()}
     ranks = {module: update.rank for module, update in updates.items()}
-    return _pattern(ranks, lora.rank), _pattern(
-        {module: _whole(alpha) for module, alpha in alphas.items()}, lora.alpha
-    )
+    alphas = {
+        module: _whole(alpha_of(update.scale, update.rank, lora.use_rslora))
+        for module, update in updates.items()
+    }
+    return _pattern(ranks, lora.rank), _pattern(alphas, lora.alpha)
 
 
 def _pattern(values: Mapping[Module, Any], default: Any) -> dict[str, Any]:
@@ -244,9 +239,8 @@ def _regex(modules: Collection[Module], outer: str) -> str:
     for index, names in paths.items():
         layers.setdefault("|".join(names), []).append(str(index))
     groups = [f"({'|'.join(indices)})\\.({names})" for names, indices in layers.items()]
-    return re.escape(f"{outer}layers.") + (
-        groups[0] if len(groups) == 1 else f"({'|'.join(groups)})"
-    )
+    group = groups[0] if len(groups) == 1 else f"({'|'.join(groups)})"
+    return re.escape(f"{outer}layers.") + group
 
 
 # ---------------------------------------------------------------- reading
