@@ -108,7 +108,7 @@ def _export_adapter(
             (partial / "README.md").write_text(model_card(partial, "PATH_OR_ID_OF_THIS_FOLDER"))
         if not verify:
             return []
-        check_adapter(gemma, partial)
+        check_adapter(gemma, partial, tensors)
         proof = Proof(format.name, len(tensors))
         return [check_logits(gemma, proof, format.library, partial, held=tensors)]
 

@@ -1,8 +1,8 @@
 """Proof of an export: read it back by the format's rules, then load it in its library.
 
-The rules: our own reader makes the trained update of exactly these tensors. The library: the base
-alone and with the export must give what ours give, on a few prompts, and the export must move the
-logits.
+The rules: exactly the tensors that were meant, with their values, and our own reader makes the
+trained update of them. The library: the base alone and with the export must give what ours give,
+on a few prompts, and the export must move the logits.
 
 Shapes: T tokens, V vocabulary, O what a weight gives, I what it takes.
 """
@@ -22,7 +22,7 @@ import numpy as np
 from ..errors import AdapterError, ExportError, Gemma4Error, listing
 from ..gemma import Gemma4, load
 from ..lora.attach import Update, Whole, updates_of, without_lora
-from ..lora.state import read_updates
+from ..lora.state import read_files, read_updates
 from ..model.checkpoint import mismatches, shapes_of
 from ..model.download import resolve
 from ..model.names import is_frozen_buffer
@@ -66,19 +66,21 @@ class Proof:
         )
 
 
-def check_adapter(gemma: Gemma4, folder: Path) -> None:
+def check_adapter(gemma: Gemma4, folder: Path, tensors: Mapping[str, mx.array]) -> None:
     """An adapter folder against the format's rules, without its library.
 
-    Our reader refuses tensors that are missing, extra or misshapen; what it reads must do what the
-    trained model does. lora_b lora_a is compared on a few vectors.
+    The file must hold exactly `tensors`, bit by bit, and what our reader makes of it must do what
+    the trained model does; lora_b lora_a is compared on a few vectors.
 
     Raises:
         ExportError: with the name of every tensor or weight that is not as it was trained.
     """
     try:
+        _, stored = read_files(folder)
         found = read_updates(folder, gemma.plan)
     except AdapterError as error:
         raise ExportError(error.found, wanted=error.wanted, do="report this") from None
+    _require_same(stored, tensors, str(folder))
     trained = updates_of(gemma.backbone, gemma.plan)
     meant = {name: update for name, update in trained.items() if not is_frozen_buffer(name)}
     _require_same(_values(found), _values(meant), f"what {folder} does", tolerance=1e-5)
