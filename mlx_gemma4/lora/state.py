@@ -15,20 +15,12 @@ from ..config import LoraConfig
 from ..errors import AdapterError, ModelError, listing
 from ..model.checkpoint import load_file, mismatches, shapes_of
 from ..model.loader import build_backbone
-from ..model.names import (
-    PLE_TABLE,
-    Module,
-    flat,
-    inner_name,
-    is_frozen_buffer,
-    text_model,
-    text_prefix,
-)
+from ..model.names import PLE_TABLE, flat, inner_name, is_frozen_buffer, text_model, text_prefix
 from ..model.plan import Plan
 from ..storage import new_file, write_text
 from .attach import Update, Whole, attach_lora, require_effect, updates_of
 from .formats import format_of
-from .formats.format import CONFIG, Files, Stored
+from .formats.format import CONFIG, Files, Read, Stored
 from .formats.mlx_lm import MlxLm, config_of
 from .targets import keys_of
 
@@ -94,12 +86,13 @@ def load_adapter(backbone: nn.Module, plan: Plan, folder: str | Path) -> LoraCon
     folder = Path(folder).expanduser()
     config, tensors = read_files(folder)
     read = format_of(config).read(Stored(folder, config, tensors, backbone, plan))
-    lora: LoraConfig | None = None
-    if read.lora is None:
+    lora = read.lora
+    if lora is None:
         wanted = _wanted_of_full(backbone, config, read.tensors)
     else:
-        attach_lora(backbone, read.modules, read.lora)
-        lora = _with_targets(read.lora, read.modules, backbone)
+        attach_lora(backbone, read.modules, lora)
+        targets, num_layers = _targets_of(read, backbone)
+        lora = dataclasses.replace(lora, targets=targets, num_layers=num_layers)
         wanted = flat(backbone.trainable_parameters())
     if problems := mismatches(shapes_of(read.tensors), shapes_of(wanted)):
         raise AdapterError(
@@ -177,10 +170,10 @@ def _wanted_of_full(
     }
 
 
-def _with_targets(lora: LoraConfig, modules: list[Module], backbone: nn.Module) -> LoraConfig:
-    """The settings with targets: within a layer where whole layers at the end are adapted."""
+def _targets_of(read: Read, backbone: nn.Module) -> tuple[tuple[str, ...], int]:
+    """targets and num_layers: within a layer where whole layers at the end are adapted."""
     count, prefix = len(text_model(backbone).layers), text_prefix(backbone)
-    num_layers = count - min(index for index, _ in modules)
-    targets = [key.removeprefix(prefix) for key in keys_of(modules, backbone, num_layers)]
-    num_layers = num_layers if num_layers < count else -1
-    return dataclasses.replace(lora, targets=tuple(targets), num_layers=num_layers)
+    num_layers = count - min(index for index, _ in read.modules)
+    keys = keys_of(read.modules, backbone, num_layers)
+    targets = tuple(key.removeprefix(prefix) for key in keys)
+    return targets, num_layers if num_layers < count else -1
