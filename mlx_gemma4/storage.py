@@ -20,10 +20,7 @@ def new_file(path: str | Path, *, sync: bool = False) -> Iterator[Path]:
     """A path to write to, which takes the place of `path` when the block is done.
 
     It lies beside `path` under a hidden name with the same suffix. After an error the old file is
-    as it was and the new one is gone.
-
-    Args:
-        sync: bring it to the disk before its name changes.
+    as it was and the new one is gone. With `sync` it is on the disk before its name changes.
     """
     path = Path(path)
     partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
@@ -47,10 +44,8 @@ def new_folder(folder: str | Path, *, sync: bool = False) -> Iterator[Path]:
     """A new folder to write into, which takes the place of `folder` when the block is done.
 
     It lies beside `folder` under a hidden name; a process that is killed leaves the old folder or
-    the new one. After an error the old folder is as it was and the new one is gone.
-
-    Args:
-        sync: bring its files to the disk before its name changes.
+    the new one. After an error the old folder is as it was and the new one is gone. With `sync` its
+    files are on the disk before its name changes.
 
     Raises:
         ConfigError: `folder` is a file, its parent cannot be written, or it is there already and

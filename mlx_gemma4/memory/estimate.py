@@ -25,9 +25,10 @@ from importlib.metadata import version
 import mlx.core as mx
 
 from ..config import LoraConfig
-from ..errors import AdapterError, ConfigError
+from ..errors import ConfigError
 from ..model.names import EXPERTS, is_meant
 from ..model.plan import LayerPlan, Plan
+from ..model.targets import chosen_modules, settings_of
 from ..nn.attention import _AUTO_BYTES, _queries_of_a_block
 from ..nn.forward import _LEAST_POSITIONS, _PIECE_BYTES
 from ..nn.head import _chunk_size
@@ -262,33 +263,16 @@ def _adapters(plan: Plan, layer: LayerPlan, s: StepSettings) -> dict[str, int]:
             continue
         if any(is_meant((layer.index, path), word) for word in s.lora.targets):
             *experts, out, into = shape
-            rank = _rank(s.lora, layer.index, path)
+            rank, _ = settings_of(s.lora, (layer.index, path))
             values = math.prod(experts) * rank * (out + into) + (out if s.lora.use_dora else 0)
             sizes[path] = values * _ADAPTER_BYTES
     return sizes
 
 
 def _check_targets(plan: Plan, lora: LoraConfig) -> None:
-    if lora.num_layers > len(plan.layers):
-        raise AdapterError(
-            f"num_layers is {lora.num_layers}",
-            wanted=f"at most the model's {len(plan.layers)} layers, or -1 for all",
-            do="change num_layers",
-        )
     known = {(layer.index, path) for layer in plan.layers for path in _modules(plan, layer)}
     known |= {(layer.index, "router.proj") for layer in plan.layers if plan.moe}
-    for word in lora.targets:
-        if not any(is_meant((index, path), word) for index, path in known):
-            raise AdapterError(
-                f"LoRA target {word!r} matches no module of the layers",
-                wanted="one of " + ", ".join(sorted({path for _, path in known})),
-                do="change lora_targets",
-            )
-
-
-def _rank(lora: LoraConfig, index: int, path: str) -> int:
-    ranks = (lora.rank_pattern or {}).items()
-    return next((rank for word, rank in ranks if is_meant((index, path), word)), lora.rank)
+    chosen_modules(lora, known, len(plan.layers))
 
 
 # ---------------------------------------------------------------- what a step takes
@@ -433,6 +417,6 @@ def _kept(plan: Plan, layer: LayerPlan, s: StepSettings, *, mlp: bool = True) ->
             kept += x * k * (_EXPERT_GELU * W + D)  # the activation, and each expert's output
             kept += 2 * norm(D) + product(D, "router.proj") + full * 2 * x * D
     if s.lora is not None:
-        ranks = sum(_rank(s.lora, layer.index, path) for path in adapted)
+        ranks = sum(settings_of(s.lora, (layer.index, path))[0] for path in adapted)
         kept += _ADAPTER_BYTES * ranks  # between A and B
     return s.batch_size * s.length * kept

@@ -15,7 +15,7 @@ import mlx_gemma4 as g4
 from mlx_gemma4.config import build
 from mlx_gemma4.errors import ConfigError
 from mlx_gemma4.lora.attach import without_lora
-from mlx_gemma4.lora.targets import settings_of
+from mlx_gemma4.model.targets import settings_of
 
 PATTERNS = KINDS["patterns"]
 

@@ -660,12 +660,6 @@ def test_of_a_folder_nothing_is_downloaded(hub, tiny, monkeypatch):
     assert not hub
 
 
-def test_the_old_name_of_encoders_is_refused(tiny):
-    with pytest.raises(g4.ConfigError) as error:
-        g4.load(tiny, towers=True)
-    assert error.value.do == "call load(..., encoders=True)"
-
-
 def test_encoders_are_built_and_stay_frozen(others):
     gemma = g4.load(others["e2b"], encoders=True)
     assert type(gemma.backbone).__module__.startswith("mlx_vlm") and gemma.loaded.left_out == 0
