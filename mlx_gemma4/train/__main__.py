@@ -39,7 +39,6 @@ def main(arguments: list[str] | None = None) -> None:
     from ..data.dataset import read
     from ..gemma import load
     from ..memory.choose import fit_settings
-    from ..memory.report import stored_weights
     from . import embedded
     from .finetune import finetune
 
@@ -58,26 +57,23 @@ def main(arguments: list[str] | None = None) -> None:
     gemma = load(model)
     print(gemma)
     if run_config.fit:
-        data_config, train_config, chosen = fit_settings(
-            gemma.plan,
-            run_config.fit,
-            data_config,
-            train_config,
-            lora_config,
-            **stored_weights(gemma.loaded.config),
+        data_config, train_config = fit_settings(
+            gemma.loaded.config, run_config.fit, data_config, train_config, lora_config
         )
-        print(f"--fit {run_config.fit} chooses {chosen}", flush=True)
+        print(
+            f"--fit {run_config.fit} chooses --max-seq-length {data_config.max_seq_length} "
+            f"--batch-size {train_config.batch_size} "
+            f"--grad-accumulation-steps {train_config.grad_accumulation_steps}",
+            flush=True,
+        )
     data = read(data_folder, gemma, data_config)
     print(data)
     before = gemma.generate(embedded.PROMPT, max_tokens=40) if own else None
-    lora = None
-    if train_config.fine_tune_type == "lora":
-        lora = lora_config
     run = finetune(
         gemma,
         data,
         train_config,
-        lora=lora,
+        lora=lora_config if train_config.fine_tune_type == "lora" else None,
         output=run_config.output,
         resume=run_config.resume,
     )

@@ -24,7 +24,7 @@ from ..nn.batch import StepOptions
 from ..objectives import Objective
 from ..objectives.sft import sft
 from ..storage import write_text
-from .budget import cache_limited, run_memory
+from .budget import run_memory
 from .callbacks import Callback, Console, MetricsFile
 from .checkpoint import Checkpoints
 from .evaluate import evaluate
@@ -96,14 +96,17 @@ def finetune(
         run=run,
     )
     resident, started = mx.get_active_memory(), time.perf_counter()
-    with cache_limited(memory.step // 2):
+    cache_limit = mx.set_cache_limit(memory.largest.step // 2)
+    try:
         trainer.train(total)
+    finally:
+        mx.set_cache_limit(cache_limit)
     run.summary = _summary(run, data, config, objective) | {
         "seconds": time.perf_counter() - started,
         "resident_before_gb": resident / 1e9,
         "compilations": trainer.step.compilations,
         "rematerialized_layers": memory.remat_layers,
-        "forecast_peak_gb": memory.peak / 1e9,
+        "forecast_peak_gb": memory.largest.peak / 1e9,
     }
     if folder:
         write_text(folder / "summary.json", json.dumps(run.summary, indent=2) + "\n")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib.metadata import version
 from typing import Any
 
 import mlx.core as mx
@@ -14,13 +13,14 @@ from mlx.utils import tree_map
 
 from ..errors import TrainingError
 from ..gemma import Gemma4
+from ..memory.estimate import COMPILES
 from ..model.names import flat
 from ..nn.batch import Batch, StepOptions
 from ..nn.head import batch_log_probs
 from ..objectives import Objective, Sums
 from ..objectives.sft import sft
 
-__all__ = ["COMPILES", "CompiledStep", "gradients", "loss_and_grads", "train_step"]
+__all__ = ["CompiledStep", "gradients", "loss_and_grads", "train_step"]
 
 
 def loss_and_grads(
@@ -120,10 +120,6 @@ def train_step(
         means, norm = optim.clip_grad_norm(means, max_grad_norm)
     optimizer.update(gemma.backbone, means)
     return totals, norm
-
-
-COMPILES = tuple(map(int, version("mlx").split(".")[:2])) >= (0, 32)
-"""MLX 0.31's compile fails where a learning rate is 0, and gets dropout wrong."""
 
 
 class CompiledStep:

@@ -8,8 +8,9 @@ import pytest
 from helpers import some_tokens, worst_gap
 
 import mlx_gemma4 as g4
+from mlx_gemma4.memory.estimate import COMPILES
 from mlx_gemma4.model.names import flat
-from mlx_gemma4.train.step import COMPILES, CompiledStep, train_step
+from mlx_gemma4.train.step import CompiledStep, train_step
 
 wants_compile = pytest.mark.skipif(not COMPILES, reason="this MLX does not compile the step")
 
