@@ -54,7 +54,7 @@ class Callback:
 class Console(Callback):
     """Says what trains, then a progress bar on a terminal; evaluations are printed anywhere."""
 
-    _bar: tqdm | None = None
+    _bar: tqdm
 
     def start(self, run: Run, step: int, total: int) -> None:
         super().start(run, step, total)
@@ -64,12 +64,9 @@ class Console(Callback):
         )
 
     def advance(self, step: int, loss: float) -> None:
-        if self._bar is not None:
-            self._bar.update()
+        self._bar.update()
 
     def report(self, metrics: Mapping[str, Any]) -> None:
-        if self._bar is None:
-            return
         if metrics["val_loss"] is not None:
             tqdm.write(f"step {metrics['step']}: validation loss {metrics['val_loss']:.3f}")
             sys.stdout.flush()
@@ -80,8 +77,7 @@ class Console(Callback):
             )
 
     def end(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.close()
         if self.run.stopped:
             print(f"stopped after step {self.run.step}: {self.run.stopped}", flush=True)
 

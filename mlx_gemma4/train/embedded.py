@@ -14,11 +14,7 @@ from typing import Any
 
 from ..config import DataConfig, TrainConfig
 from ..data import stdlib
-from ..data.chat.encode import encode
-from ..data.chat.formats import Row
-from ..data.dataset import Dataset
-from ..data.example import Example
-from ..data.store.arrays import Examples
+from ..data.dataset import read
 from ..gemma import load
 from ..model import tiny
 from ..storage import cache_folder, new_folder
@@ -81,15 +77,8 @@ def _build(folder: Path) -> None:
     ]
     tiny.build_tiny(folder / "model", texts)
     gemma = load(folder / "model")
-    examples = []
-    for i in range(0, len(texts), 5):
-        row = Row("text", (), "".join(texts[i : i + 5]), f"docstrings:{i}")
-        example = encode(row, gemma.tokenizer, "all")
-        examples.append(
-            Example(example.tokens[:_BASE_LENGTH], example.mask[:_BASE_LENGTH], example.origin)
-        )
-    config = DataConfig(max_seq_length=_BASE_LENGTH)
-    data = Dataset("the standard library's docstrings", config, Examples.of(examples))
+    rows = [{"text": "".join(texts[i : i + 5])} for i in range(0, len(texts), 5)]
+    data = read(rows, gemma, DataConfig(max_seq_length=_BASE_LENGTH, overlong="truncate"))
     print(f"building a small Gemma 4 and training it on {len(texts):,} docstrings ...", flush=True)
     finetune(gemma, data, _BASE, console=False)
     tiny.save_weights(gemma.backbone, gemma.plan, folder / "model")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,10 @@ from .trainer import Trainer
 
 __all__ = ["finetune"]
 
-# Settings that a resumed run may change without becoming another run.
+# Settings that a resumed run may change without becoming another run; at a constant learning
+# rate it may become longer too.
 _FREE_ON_RESUME = {
-    *("iters", "epochs", "learning_rate", "rematerialize", "memory", "attention"),
+    *("learning_rate", "rematerialize", "memory", "attention"),
     *("report_every", "eval_every", "val_batches", "save_every", "keep_checkpoints"),
 }
 
@@ -68,7 +70,11 @@ def finetune(
         DataError, TrainingError: no examples, a loss that is not finite, an output folder that
             holds another run, a checkpoint that does not fit, `lora` for a full fine-tuning.
     """
-    _require_usable(data, callbacks)
+    if not data.train:
+        raise DataError("there are no training examples", wanted="some", do="read another file")
+    if wrong := [callback for callback in callbacks if not isinstance(callback, Callback)]:
+        kind = "a subclass of mlx_gemma4.Callback"
+        raise TrainingError(f"{wrong[0]!r} is no Callback", wanted=kind, do=f"make it {kind}")
     folder = Path(output) if output else None
     newest = _claim(folder, resume) if folder else None
     _prepare(gemma, config, lora)
@@ -83,13 +89,14 @@ def finetune(
     listeners = [Console()] * console + [*callbacks]
     if folder:
         listeners.append(MetricsFile(folder / "metrics.jsonl"))
+    validate = partial(evaluate, gemma, data.valid, data.config, config, objective)
     trainer = Trainer(
         gemma,
         training_steps(gemma, data.train, order, progress, total, config.grad_accumulation_steps),
         optimizer,
         objective,
         callbacks=listeners,
-        validate=_validation(gemma, data, config, objective),
+        validate=validate if data.valid else None,
         checkpoints=checkpoints,
         options=StepOptions(memory.remat_layers, config.attention),
         config=config,
@@ -113,18 +120,6 @@ def finetune(
     return run
 
 
-def _require_usable(data: Dataset, callbacks: Sequence[Callback]) -> None:
-    if not data.train:
-        raise DataError("there are no training examples", wanted="some", do="read another file")
-    for callback in callbacks:
-        if not isinstance(callback, Callback):
-            raise TrainingError(
-                f"{callback!r} is no Callback",
-                wanted="objects of subclasses of mlx_gemma4.Callback",
-                do="derive its class from mlx_gemma4.Callback",
-            )
-
-
 def _checkpoints(
     run: Run,
     data: Dataset,
@@ -135,8 +130,12 @@ def _checkpoints(
     """Where the run saves, and where it begins: at the newest checkpoint, if there is one."""
     if run.output is None:
         return None, Progress()
-    settings = _settings(run.gemma, data, config)
-    fixed = _fixed_on_resume(settings) | {"examples": len(data.train)}
+    settings = flatten(config, data.config, *([run.gemma.lora] if run.gemma.lora else []))
+    settings |= {"model": run.gemma.name, "data": data.source}
+    # A schedule that falls ends with the run.
+    free = _FREE_ON_RESUME | ({"iters", "epochs"} if config.lr_schedule == "constant" else set())
+    fixed = {key: value for key, value in settings.items() if key not in free}
+    fixed["examples"] = len(data.train)
     checkpoints, progress = Checkpoints(run.output, config.keep_checkpoints, fixed), Progress()
     run.notes.append(checkpoints.note(run.gemma, optimizer))
     if newest:
@@ -146,14 +145,6 @@ def _checkpoints(
     settings["output"] = str(run.output)
     write_text(run.output / "config.yaml", yaml.safe_dump(settings))
     return checkpoints, progress
-
-
-def _validation(
-    gemma: Gemma4, data: Dataset, config: TrainConfig, objective: Objective
-) -> Callable[[], float] | None:
-    if not data.valid:
-        return None
-    return lambda: evaluate(gemma, data.valid, data.config, config, objective)
 
 
 def _claim(output: Path, resume: bool) -> Path | None:
@@ -203,19 +194,6 @@ def _total_steps(order: BatchOrder, config: TrainConfig) -> int:
         return config.iters
     batches = order.num_batches(1.0 if config.epochs is None else config.epochs)
     return max(1, math.ceil(batches / config.grad_accumulation_steps))
-
-
-def _settings(gemma: Gemma4, data: Dataset, config: TrainConfig) -> dict[str, Any]:
-    """Every setting of the run, as config.yaml holds them."""
-    groups = [config, data.config, *([gemma.lora] if gemma.lora else [])]
-    return flatten(*groups) | {"model": gemma.name, "data": data.source}
-
-
-def _fixed_on_resume(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that a resumed run must share; a schedule that falls ends with the run."""
-    falling = settings["lr_schedule"] != "constant"
-    free = _FREE_ON_RESUME - ({"iters", "epochs"} if falling else set())
-    return {key: value for key, value in settings.items() if key not in free}
 
 
 def _read_metrics(path: Path, last_step: int) -> list[dict[str, Any]]:

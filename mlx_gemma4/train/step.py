@@ -101,20 +101,15 @@ def train_step(
         The sums of all batches together, and the norm of the mean gradient where it was asked
         for; not yet evaluated.
     """
-    totals: Any = None
-    grads: Any = None
-    keys: Any = None if options.key is None else mx.random.split(options.key, len(batches))
-    for i, batch in enumerate(batches):
-        if grads is not None:
-            # One batch's activations are alive at a time.
-            tokens = mx.depends(batch.tokens_BT, [totals.loss, *flat(grads).values()])
-            batch = replace(batch, tokens_BT=tokens)
-        own = replace(options, key=None if keys is None else keys[i])
-        sums, added = gradients(gemma, batch, objective, own)
-        if totals is not None:
-            sums = Sums(*tree_map(mx.add, _fields(totals), _fields(sums)))
-        totals = sums
-        grads = added if grads is None else tree_map(mx.add, grads, added)
+    keys = [None] if options.key is None else mx.random.split(options.key, len(batches))
+    totals, grads = gradients(gemma, batches[0], objective, replace(options, key=keys[0]))
+    for i, batch in enumerate(batches[1:], start=1):
+        # One batch's activations are alive at a time.
+        tokens = mx.depends(batch.tokens_BT, [totals.loss, *flat(grads).values()])
+        own = replace(options, key=None if options.key is None else keys[i])
+        sums, added = gradients(gemma, replace(batch, tokens_BT=tokens), objective, own)
+        totals = Sums(*tree_map(mx.add, _fields(totals), _fields(sums)))
+        grads = tree_map(mx.add, grads, added)
     means, norm = tree_map(lambda grad: grad / totals.count, grads), None
     if max_grad_norm is not None:
         means, norm = optim.clip_grad_norm(means, max_grad_norm)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -76,16 +77,16 @@ class Trainer:
             callback.start(run, run.step, total)
         try:
             if not run.step:
-                self._report(self._validated())
+                self._report(self.validate() if self.validate else None)
             for step in self.steps:
                 self._take(step)
                 last = run.step == total or run.stopped is not None
                 evaluated = last or run.step % config.eval_every == 0
-                val_loss = self._validated() if evaluated else None
+                val_loss = self.validate() if self.validate and evaluated else None
                 if evaluated or run.step % config.report_every == 0:
                     self._report(val_loss)
-                if self._is_to_be_saved(val_loss, last):
-                    self._save(step.progress, val_loss)
+                if self.checkpoints:
+                    self._save(self.checkpoints, step.progress, val_loss, last)
                 if last:
                     break
         finally:
@@ -101,14 +102,7 @@ class Trainer:
         random = np.random.SeedSequence([self.config.seed, number]).generate_state(1)[0]
         sums, norm = self.step(step.batches, mx.random.key(int(random)))
         # One step at a time on the device: the next one's memory would add to this one's.
-        mx.eval(
-            sums.loss,
-            sums.count,
-            sums.metrics,
-            norm,
-            self.gemma.backbone.trainable_parameters(),
-            self.optimizer.state,
-        )
+        mx.eval(vars(sums), norm, self.gemma.backbone.trainable_parameters(), self.optimizer.state)
         loss, count = float(sums.loss), float(sums.count)
         if not math.isfinite(loss):
             raise self._not_finite(loss, number)
@@ -117,9 +111,6 @@ class Trainer:
         for callback in self.callbacks:
             callback.advance(number, loss / count)
 
-    def _validated(self) -> float | None:
-        return self.validate() if self.validate else None
-
     def _report(self, val_loss: float | None) -> None:
         rate = float(self.optimizer.learning_rate)
         metrics = {"step": self.run.step, **self._meter.take(val_loss, rate)}
@@ -127,17 +118,15 @@ class Trainer:
         for callback in self.callbacks:
             callback.report(metrics)
 
-    def _is_to_be_saved(self, val_loss: float | None, last: bool) -> bool:
-        if self.checkpoints is None:
-            return False
-        best = val_loss is not None and self.checkpoints.is_best(val_loss)
-        return last or best or self.run.step % self.config.save_every == 0
-
-    def _save(self, progress: Progress, val_loss: float | None) -> None:
-        assert self.checkpoints is not None
-        saved = self.checkpoints.save(self.gemma, self.optimizer, progress, val_loss)
-        for callback in self.callbacks:
-            callback.saved(saved)
+    def _save(
+        self, checkpoints: Checkpoints, progress: Progress, val_loss: float | None, last: bool
+    ) -> None:
+        """Save where that is due: every so many steps, the best so far, and the last."""
+        best = val_loss is not None and checkpoints.is_best(val_loss)
+        if last or best or progress.step % self.config.save_every == 0:
+            saved = checkpoints.save(self.gemma, self.optimizer, progress, val_loss)
+            for callback in self.callbacks:
+                callback.saved(saved)
 
     def _not_finite(self, loss: float, step: int) -> TrainingError:
         newest = self.checkpoints.newest() if self.checkpoints else None
@@ -159,7 +148,7 @@ class _Meter:
     def _clear(self) -> None:
         self._loss, self._count, self._tokens = 0.0, 0.0, 0
         self._norm: float | None = None
-        self._metrics: dict[str, float] = {}
+        self._metrics: defaultdict[str, float] = defaultdict(float)
         self._since, self._seconds = time.perf_counter(), 0.0
 
     def add(self, sums: Sums, norm: mx.array | None, tokens: int) -> None:
@@ -169,7 +158,7 @@ class _Meter:
         self._seconds = time.perf_counter() - self._since
         self._norm = None if norm is None else float(norm)
         for name, value in sums.metrics.items():
-            self._metrics[name] = self._metrics.get(name, 0.0) + float(value)
+            self._metrics[name] += float(value)
 
     def take(self, val_loss: float | None, learning_rate: float) -> dict[str, Any]:
         """A line of metrics since the last; `grad_norm` is the last step's, before clipping."""
