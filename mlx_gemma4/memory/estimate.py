@@ -46,16 +46,13 @@ makes its velocity without momentum too; Adafactor keeps a row and a column of a
 _ADAPTER_BYTES = 4
 """Adapters are float32 whatever the weights are, and so is what they read."""
 
-_HEAD_ARRAYS = 3
-"""Arrays of a chunk's logits at a time: logits, their exponentials, their gradient."""
-
 _CHUNKS_AHEAD, _CHUNKS_AHEAD_COMPILED_ON_CPU = 2, 4
 """Chunks of the head whose arrays are alive together. MLX allocates for commands that wait for the
 device, about a hundred on CPU: two chunks of single operations, or four compiled ones."""
 
-_HIDDEN_ARRAYS = 6
-"""Of a hidden state of every target around the head: the final norm's steps, the stored gradient
-in pieces and whole."""
+_HEAD_ARRAYS, _HIDDEN_ARRAYS = 3, 6
+"""Of a chunk's logits: logits, their exponentials, their gradient. And of every target's hidden
+state around the head: the final norm's steps, the stored gradient in pieces and whole."""
 
 _MOVING_MLP, _MOVING_HIDDEN, _MOVING_QUERIES, _MOVING_SCORES = 5, 4, 3, 2
 """Gradients and sums that are alive in one layer's backward pass beside what it kept: of the MLP's
@@ -266,11 +263,7 @@ def _check_targets(plan: Plan, lora: LoraConfig) -> None:
 
 
 def _step(plan: Plan, s: StepSettings, trained: int) -> dict[str, int]:
-    """What is kept from the forward pass, and the most that any phase of the step adds to it.
-
-    Args:
-        trained: bytes of what trains, which are those of its gradient too.
-    """
+    """What is kept from the forward pass, and the most that any phase of the step adds to it."""
     hidden = s.positions * plan.hidden_size * s.itemsize
     again, plain = plan.layers[: s.remat_layers], plan.layers[s.remat_layers :]
     shared = sum(
@@ -286,7 +279,8 @@ def _step(plan: Plan, s: StepSettings, trained: int) -> dict[str, int]:
     }
     head = _head(plan, s, of_layers[-1] if of_layers else 0)
     layer = max(_backward(plan, layer, s) for layer in plan.layers)
-    # The gradients are whole when the last layer's backward pass, and all it kept, is gone.
+    # The gradients, of the size of what trains, are whole when the last layer's backward pass, and
+    # all it kept, is gone.
     gradients = round(trained * (1 + _UPDATE_AHEAD * (s.compiled and s.moments > 0)))
     before = sum(kept.values()) + max(head, layer)
     most = max(before, gradients + hidden)

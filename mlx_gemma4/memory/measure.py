@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from ..model.plan import Plan
 from ..storage import size
 from .estimate import Estimate, StepSettings, estimate
 
-__all__ = ["RunMemory", "RunStep", "plan_memory"]
+__all__ = ["RunStep", "plan_memory"]
 
 RunStep = Callable[[int, int], int]
 """(length, rematerialised layers) -> bytes that a real step took beside what was resident."""
@@ -33,21 +33,6 @@ _STRAIGHT_FROM = 1024
 MLP are many then. A model's window counts too."""
 
 
-@dataclass(frozen=True)
-class RunMemory:
-    """The memory of a run.
-
-    Attributes:
-        remat_layers: layers, from the first, that are rematerialised.
-        largest: what stays, and the largest step.
-        note: the same for people, and how it is known.
-    """
-
-    remat_layers: int
-    largest: Estimate
-    note: str
-
-
 def plan_memory(
     plan: Plan,
     settings: StepSettings,
@@ -56,7 +41,7 @@ def plan_memory(
     memory: int,
     resident: int,
     run_step: RunStep | None = None,
-) -> RunMemory:
+) -> tuple[int, Estimate, str]:
     """How many layers a run rematerialises, and what its largest step takes then.
 
     Args:
@@ -65,6 +50,9 @@ def plan_memory(
         memory: bytes that the run may take.
         resident: bytes that are in use before the first step.
         run_step: runs a real step; None takes the formula's word.
+
+    Returns:
+        (layers, from the first, that are rematerialised; the memory; a note on it for people).
     """
     count, length = len(plan.layers), settings.length
 
@@ -100,7 +88,7 @@ def plan_memory(
     )
     if found.peak > memory:
         note += f"\nmore than the {size(memory)} there are: a shorter max_seq_length takes less"
-    return RunMemory(layers, found, note)
+    return layers, found, note
 
 
 def _lengths(length: int, straight: int, fits: Callable[[int], bool]) -> list[int]:

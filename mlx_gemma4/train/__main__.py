@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,6 @@ def main(arguments: list[str] | None = None) -> None:
             flush=True,
         )
         model, data_folder = embedded.prepare()
-        data_folder = Path(run_config.data) if run_config.data else data_folder
     else:
         model, data_folder = run_config.model, run_config.data
     gemma = load(model)
@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
             f"--grad-accumulation-steps {train_config.grad_accumulation_steps}",
             flush=True,
         )
-    data = read(data_folder, gemma, data_config)
+    data = read(run_config.data or data_folder, gemma, data_config)
     print(data)
     before = gemma.generate(embedded.PROMPT, max_tokens=40) if own else None
     run = finetune(
@@ -90,12 +90,10 @@ def _tell(summary: Mapping[str, Any], model: str) -> None:
         print(f"validation loss: {summary['val_loss_before']:.3f} -> {summary['val_loss']:.3f}")
     if summary["test_loss"] is not None:
         print(f"test loss: {summary['test_loss']:.3f}")
-    forecast = summary["forecast_peak_gb"]
     print(
-        f"peak memory: {summary['peak_memory_gb']:.3f} GB"
-        + (f" (forecast {forecast:.3f})" if forecast else "")
-        + f", of which {summary['resident_before_gb']:.3f} GB were resident before the first step; "
-        f"the step was compiled {summary['compilations']} times"
+        f"peak memory: {summary['peak_memory_gb']:.3f} GB (forecast "
+        f"{summary['forecast_peak_gb']:.3f}), of which {summary['resident_before_gb']:.3f} GB were "
+        f"resident before the first step; the step was compiled {summary['compilations']} times"
     )
     print(f"adapter: {summary['adapter']}")
     print(
@@ -137,15 +135,9 @@ def _settings(arguments: list[str] | None) -> tuple[Any, ...]:
             raise ConfigError(
                 "--resume without --output", wanted="the folder of the run", do="give --output"
             )
-        run_config = dataclasses.replace(run_config, output=_free_folder())
+        free = next(name for name in map("runs/{}".format, count(1)) if not Path(name).exists())
+        run_config = dataclasses.replace(run_config, output=free)
     return run_config, *rest
-
-
-def _free_folder() -> str:
-    number = 1
-    while Path(f"runs/{number}").exists():
-        number += 1
-    return f"runs/{number}"
 
 
 if __name__ == "__main__":

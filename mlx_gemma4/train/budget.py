@@ -15,8 +15,8 @@ from ..data.batch.order import BatchOrder
 from ..data.example import Example
 from ..gemma import Gemma4
 from ..memory.choose import machine_memory, parse_memory, step_settings
-from ..memory.estimate import StepSettings
-from ..memory.measure import RunMemory, RunStep, plan_memory
+from ..memory.estimate import Estimate, StepSettings
+from ..memory.measure import RunStep, plan_memory
 from ..model.names import text_model
 from ..nn.batch import Batch, StepOptions
 from ..objectives import Objective
@@ -32,8 +32,8 @@ def run_memory(
     order: BatchOrder,
     optimizer: optim.Optimizer,
     objective: Objective,
-) -> RunMemory:
-    """How many layers are rematerialised, and what the run's largest step takes then."""
+) -> tuple[int, Estimate, str]:
+    """Rematerialised layers, what the run's largest step takes with them, and a note on it."""
     rows, length, longest = order.largest_batch()
     # Of the first examples, where all would have to be made to know.
     some = [examples[i] for i in range(min(1000, len(examples)))]
@@ -82,7 +82,7 @@ def trial_step(
         training = backbone.training
         backbone.train()
         try:
-            mx.eval([value for value in batch.fields().values() if isinstance(value, mx.array)])
+            mx.eval(batch.fields())
             mx.clear_cache()
             resident = mx.get_active_memory()
             mx.reset_peak_memory()
@@ -103,12 +103,8 @@ def _random_batch(gemma: Gemma4, settings: StepSettings) -> Batch:
     random = np.random.default_rng(0)
     length, longest = settings.length, settings.longest
     part = min(longest or length, length)
-
-    def example(positions: int) -> Example:
-        tokens = random.integers(3, gemma.plan.vocab_size, positions + 1).astype(np.int32)
-        mask = np.arange(positions + 1) >= positions * (1 - settings.targets)
-        return Example(tokens, mask, "random")
-
-    row = [example(part) for _ in range(length // part)]
+    mask = np.arange(part + 1) >= part * (1 - settings.targets)
+    tokens = random.integers(3, gemma.plan.vocab_size, (length // part, part + 1), np.int32)
+    row = [Example(of_one, mask, "random") for of_one in tokens]
     batch = collate([row if longest else row[0]] * settings.batch_size)
     return batch.with_ple_rows(gemma)

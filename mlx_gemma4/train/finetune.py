@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -83,8 +84,8 @@ def finetune(
     )
     total = _total_steps(order, config)
     optimizer = make_optimizer(config, total, gemma.backbone.trainable_parameters())
-    memory = run_memory(gemma, data.train, config, order, optimizer, objective)
-    run = Run(gemma, [memory.note], output=folder)
+    layers, memory, note = run_memory(gemma, data.train, config, order, optimizer, objective)
+    run = Run(gemma, [note], output=folder)
     checkpoints, progress = _checkpoints(run, data, config, optimizer, newest)
     listeners = [Console()] * console + [*callbacks]
     if folder:
@@ -98,12 +99,12 @@ def finetune(
         callbacks=listeners,
         validate=validate if data.valid else None,
         checkpoints=checkpoints,
-        options=StepOptions(memory.remat_layers, config.attention),
+        options=StepOptions(layers, config.attention),
         config=config,
         run=run,
     )
     resident, started = mx.get_active_memory(), time.perf_counter()
-    cache_limit = mx.set_cache_limit(memory.largest.step // 2)
+    cache_limit = mx.set_cache_limit(memory.step // 2)
     try:
         trainer.train(total)
     finally:
@@ -112,8 +113,8 @@ def finetune(
         "seconds": time.perf_counter() - started,
         "resident_before_gb": resident / 1e9,
         "compilations": trainer.step.compilations,
-        "rematerialized_layers": memory.remat_layers,
-        "forecast_peak_gb": memory.largest.peak / 1e9,
+        "rematerialized_layers": layers,
+        "forecast_peak_gb": memory.peak / 1e9,
     }
     if folder:
         write_text(folder / "summary.json", json.dumps(run.summary, indent=2) + "\n")
@@ -200,10 +201,8 @@ def _read_metrics(path: Path, last_step: int) -> list[dict[str, Any]]:
     """The reports up to a step; a line that was cut short when the run was stopped is left out."""
     reports = []
     for line in path.read_text().splitlines() if path.exists() else []:
-        try:
+        with suppress(ValueError):
             reports.append(json.loads(line))
-        except ValueError:
-            continue
     return [report for report in reports if report["step"] <= last_step]
 
 

@@ -50,32 +50,32 @@ def found(monkeypatch):
 
 def test_nothing_is_measured_where_all_fits(found):
     steps, expect = Steps(), Steps()
-    it = found(steps, expect.bytes, 10**9)
-    assert it.remat_layers == 0 and "(estimated)" in it.note and not steps.ran
+    layers, _, note = found(steps, expect.bytes, 10**9)
+    assert layers == 0 and "(estimated)" in note and not steps.ran
 
 
 def test_the_fewest_layers_that_fit(found):
     """Steps take a third more than the formula says: what is measured counts."""
     steps, expect = Steps(scale=1.33), Steps()
     memory = round(5e6 + (1 + MARGIN) * steps.bytes(8192, 4) + 1000)
-    it = found(steps, expect.bytes, memory)
-    assert it.remat_layers == 4
-    assert abs(it.largest.step - steps.bytes(8192, 4)) < 0.001 * it.largest.step
+    layers, forecast, _ = found(steps, expect.bytes, memory)
+    assert layers == 4
+    assert abs(forecast.step - steps.bytes(8192, 4)) < 0.001 * forecast.step
     assert sorted(steps.ran) == [(1024, 0), (1024, 10), (2048, 0), (2048, 10)]
-    assert found(steps, expect.bytes, memory - 10_000_000).remat_layers == 5
+    assert found(steps, expect.bytes, memory - 10_000_000)[0] == 5
 
 
 def test_one_layer_is_not_all(found):
     steps, expect = Steps(), Steps()
     memory = round(5e6 + (1 + MARGIN) * steps.bytes(8192, 1) + 1000)
-    it = found(steps, expect.bytes, memory)
-    assert it.remat_layers == 1
-    assert it.largest.step > 2 * steps.bytes(8192, LAYERS)
+    layers, forecast, _ = found(steps, expect.bytes, memory)
+    assert layers == 1
+    assert forecast.step > 2 * steps.bytes(8192, LAYERS)
 
 
 def test_all_layers_where_nothing_else_fits(found):
-    it = found(Steps(), Steps().bytes, 6_000_000)
-    assert it.remat_layers == LAYERS and it.largest.peak > 6_000_000
+    layers, forecast, _ = found(Steps(), Steps().bytes, 6_000_000)
+    assert layers == LAYERS and forecast.peak > 6_000_000
 
 
 def test_a_short_length_is_measured_itself(found):
@@ -103,23 +103,23 @@ def test_uneven_layers_spare_what_the_formula_says(found):
     def expect(length, layers):
         return length * (1100 - 20 * min(layers, 5) - 180 * max(0, layers - 5))
 
-    it = found(expect, expect, round(1.1 * expect(8192, 7)) + 10, resident=0)
-    assert it.remat_layers == 7
+    layers, _, _ = found(expect, expect, round(1.1 * expect(8192, 7)) + 10, resident=0)
+    assert layers == 7
 
 
 def test_settings_that_are_given_are_not_measured():
     plan = plan_of("dense")
     given = partial(plan_memory, plan, StepSettings(length=512), memory=10**9, resident=10**6)
     steps = Steps()
-    assert given(rematerialize="none", run_step=steps).remat_layers == 0
-    assert given(rematerialize="all", run_step=steps).remat_layers == 6
-    assert given(rematerialize="1", run_step=steps).remat_layers == 1
+    assert given(rematerialize="none", run_step=steps)[0] == 0
+    assert given(rematerialize="all", run_step=steps)[0] == 6
+    assert given(rematerialize="1", run_step=steps)[0] == 1
     assert not steps.ran
-    tight = given(rematerialize="all", run_step=None).largest
+    tight = given(rematerialize="all", run_step=None)[1]
     assert tight.step == estimate(plan, StepSettings(length=512, remat_layers=6)).step
     note = plan_memory(
         plan, StepSettings(length=512), rematerialize="auto", memory=10**6, resident=10**6
-    ).note
+    )[2]
     assert "6 of 6 layers rematerialised" in note and "shorter max_seq_length" in note
 
 
@@ -136,12 +136,13 @@ def test_the_foreseen_step_of_a_real_model():
     resident = resident_of(plan, settings)
     whole = estimate(plan, settings)
     memory = round(resident + whole.step * 1.05)
-    it = plan_memory(plan, settings, rematerialize="auto", memory=memory, resident=resident,
-                     run_step=run_step)  # fmt: skip
-    assert "measured" in it.note
-    actual = run_step(2560, it.remat_layers)
-    assert abs(it.largest.step - actual) <= 0.25 * actual
-    assert abs(it.largest.peak - resident - actual) <= 0.1 * (resident + actual)
+    layers, forecast, note = plan_memory(
+        plan, settings, rematerialize="auto", memory=memory, resident=resident, run_step=run_step
+    )
+    assert "measured" in note
+    actual = run_step(2560, layers)
+    assert abs(forecast.step - actual) <= 0.25 * actual
+    assert abs(forecast.peak - resident - actual) <= 0.1 * (resident + actual)
 
 
 def resident_of(plan, settings):
