@@ -23,6 +23,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..config import DataConfig, LoraConfig, TrainConfig
+from ..config.schema import wrong
 from ..errors import ConfigError
 from ..model.plan import Plan
 from ..model.quantize import stored_quantization
@@ -131,16 +132,10 @@ def step_settings(
 def fit_settings(
     config: Mapping[str, Any], fit: str, data: DataConfig, train: TrainConfig, lora: LoraConfig
 ) -> tuple[DataConfig, TrainConfig]:
-    """Settings of a run that fit a memory such as "16GB".
+    """Settings of a run of the model of a config.json that fit a memory such as "16GB".
 
-    Rows of a batch and max_seq_length are chosen; `memory` is set, by which the run then finds
-    how many layers it rematerialises.
-
-    Args:
-        config: the model's config.json.
-
-    Raises:
-        ConfigError: nothing fits.
+    batch_size and max_seq_length are chosen; `memory` is set, by which the run then finds how many
+    layers it rematerialises. Raises ConfigError where nothing fits.
     """
     wanted = step_settings(config, data.max_seq_length, train, lora)
     plan, memory = Plan.from_config(config), parse_memory(fit)
@@ -167,11 +162,7 @@ def parse_memory(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     unit = match[2].lower() or "gb" if match else ""
     if not match or unit not in _UNITS or not float(match[1]):
-        raise ConfigError(
-            f"memory is {text!r}",
-            wanted="a number with a unit: 16GB, 24GiB, 800MB",
-            do="write it like 16GB",
-        )
+        raise wrong("memory", repr(text), "a number with a unit: 16GB, 24GiB, 800MB")
     return int(float(match[1]) * _UNITS[unit])
 
 

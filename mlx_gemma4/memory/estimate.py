@@ -6,8 +6,7 @@ lists them. A run that has the model measures instead (measure.py).
 >>> from mlx_gemma4.memory.estimate import StepSettings, estimate
 >>> from mlx_gemma4.model.plan import Plan, read_config
 >>> plan = Plan.from_config(read_config(tiny))
->>> whole = estimate(plan, StepSettings(length=256))
->>> lean = estimate(plan, StepSettings(length=256, remat_layers=len(plan.layers)))
+>>> whole, lean = (estimate(plan, StepSettings(remat_layers=layers)) for layers in (0, 6))
 >>> lean.step < whole.step, lean.resident == whole.resident
 (True, True)
 """

@@ -67,7 +67,7 @@ def plan_memory(
         points = _lengths(length, straight, lambda T: resident + expect(T, 0) <= memory)
         how = f"measured at {' and '.join(map(str, points))}"
         whole, lean = (
-            _at(length, {T: run_step(T, number) for T in points}) for number in (0, count)
+            _at(length, points, [run_step(T, number) for T in points]) for number in (0, count)
         )
 
     def step(number: int) -> int:
@@ -102,8 +102,7 @@ def _lengths(length: int, straight: int, fits: Callable[[int], bool]) -> list[in
     return points
 
 
-def _at(length: int, found: dict[int, int]) -> int:
-    """Bytes at a length, on the line through one or two measured ones."""
-    (low, at_low), (high, at_high) = min(found.items()), max(found.items())
-    slope = (at_high - at_low) / max(1, high - low)
-    return round(at_high + max(0.0, slope) * (length - high))
+def _at(length: int, points: list[int], found: list[int]) -> int:
+    """Bytes at a length, on the line through those that were found at one or two others."""
+    slope = (found[-1] - found[0]) / max(1, points[-1] - points[0])
+    return round(found[-1] + max(0.0, slope) * (length - points[-1]))

@@ -26,16 +26,17 @@ from ..config import (
 )
 from ..errors import ConfigError, run_command
 
-_GROUPS = {
-    RunConfig: "what is read and written",
-    DataConfig: "data",
-    TrainConfig: "training",
-    LoraConfig: "LoRA",
-}
+_PARTS = [
+    Part(RunConfig, "what is read and written"),
+    Part(DataConfig, "data"),
+    Part(TrainConfig, "training"),
+    Part(LoraConfig, "LoRA"),
+]
+_GROUPS = [part.group for part in _PARTS]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    run_config, data_config, train_config, lora_config = _settings(arguments)
+    settings, data_config, config, lora = _settings(arguments)
 
     from ..data.dataset import read
     from ..gemma import load
@@ -43,7 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
     from . import embedded
     from .finetune import finetune
 
-    own = run_config.model is None
+    own, model, data_folder = settings.model is None, settings.model, settings.data
     if own:
         print(
             "no --model given: training a small Gemma 4 made on this machine, on the docstrings "
@@ -51,32 +52,22 @@ def main(arguments: list[str] | None = None) -> None:
             "--model google/gemma-4-E2B-it --data my_data/",
             flush=True,
         )
-        model, data_folder = embedded.prepare()
-    else:
-        model, data_folder = run_config.model, run_config.data
+        model, docstrings = embedded.prepare()
+        data_folder = data_folder or docstrings
     gemma = load(model)
     print(gemma)
-    if run_config.fit:
-        data_config, train_config = fit_settings(
-            gemma.loaded.config, run_config.fit, data_config, train_config, lora_config
+    if settings.fit:
+        data_config, config = fit_settings(
+            gemma.loaded.config, settings.fit, data_config, config, lora
         )
-        print(
-            f"--fit {run_config.fit} chooses --max-seq-length {data_config.max_seq_length} "
-            f"--batch-size {train_config.batch_size} "
-            f"--grad-accumulation-steps {train_config.grad_accumulation_steps}",
-            flush=True,
-        )
-    data = read(run_config.data or data_folder, gemma, data_config)
+        chosen = f"--max-seq-length {data_config.max_seq_length} --batch-size {config.batch_size}"
+        accumulated = f"--grad-accumulation-steps {config.grad_accumulation_steps}"
+        print(f"--fit {settings.fit} chooses {chosen} {accumulated}", flush=True)
+    data = read(data_folder, gemma, data_config)
     print(data)
     before = gemma.generate(embedded.PROMPT, max_tokens=40) if own else None
-    run = finetune(
-        gemma,
-        data,
-        train_config,
-        lora=lora_config if train_config.fine_tune_type == "lora" else None,
-        output=run_config.output,
-        resume=run_config.resume,
-    )
+    lora = lora if config.fine_tune_type == "lora" else None
+    run = finetune(gemma, data, config, lora=lora, output=settings.output, resume=settings.resume)
     if own:
         print(f"asked:  {embedded.PROMPT}")
         print(f"before: {before!r}")
@@ -95,8 +86,8 @@ def _tell(summary: Mapping[str, Any], model: str) -> None:
         f"{summary['forecast_peak_gb']:.3f}), of which {summary['resident_before_gb']:.3f} GB were "
         f"resident before the first step; the step was compiled {summary['compilations']} times"
     )
-    print(f"adapter: {summary['adapter']}")
     print(
+        f"adapter: {summary['adapter']}\n"
         f"try it: python -m mlx_gemma4.generate --model {model} "
         f'--adapter {summary["adapter"]} --prompt "..."'
     )
@@ -106,10 +97,10 @@ def _settings(arguments: list[str] | None) -> tuple[Any, ...]:
     values = read_arguments(
         "mlx_gemma4.train",
         __doc__,
-        [Part(group, title) for group, title in _GROUPS.items()],
+        _PARTS,
         arguments,
         usage="[--model MODEL --data DATA] [--config FILE] [settings]",
-        yaml_groups=list(_GROUPS),
+        yaml_groups=_GROUPS,
     )
     of_lora = sorted(values.keys() & flatten(LoraConfig()).keys())
     if values.get("fine_tune_type") == "full" and of_lora:
@@ -129,15 +120,15 @@ def _settings(arguments: list[str] | None) -> tuple[Any, ...]:
             wanted="a folder with train.jsonl, or a .jsonl file",
             do="give --data",
         )
-    run_config, *rest = build(list(_GROUPS), values, "the flags")
-    if run_config.output is None:
-        if run_config.resume:
+    settings, *rest = build(_GROUPS, values, "the flags")
+    if settings.output is None:
+        if settings.resume:
             raise ConfigError(
                 "--resume without --output", wanted="the folder of the run", do="give --output"
             )
         free = next(name for name in map("runs/{}".format, count(1)) if not Path(name).exists())
-        run_config = dataclasses.replace(run_config, output=free)
-    return run_config, *rest
+        settings = dataclasses.replace(settings, output=free)
+    return settings, *rest
 
 
 if __name__ == "__main__":

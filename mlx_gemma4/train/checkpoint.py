@@ -76,7 +76,10 @@ class Checkpoints:
         self._adapter.mkdir(exist_ok=True)
         for path in final.glob("adapter*"):
             with new_file(self._adapter / path.name) as partial:
-                _link(path, partial)
+                try:
+                    os.link(path, partial)
+                except OSError:  # the file system has no links
+                    shutil.copyfile(path, partial)
         best = self.best()
         for path in self._all()[: -self._keep]:
             if path != best:
@@ -161,11 +164,3 @@ class Checkpoints:
             with suppress(OSError, ValueError, KeyError, TypeError):
                 losses[path] = json.loads((path / "state.json").read_text())["val_loss"]
         return {path: loss for path, loss in losses.items() if isinstance(loss, float)}
-
-
-def _link(path: Path, other: Path) -> None:
-    """The same file under another name; a copy where the file system has no links."""
-    try:
-        os.link(path, other)
-    except OSError:
-        shutil.copyfile(path, other)

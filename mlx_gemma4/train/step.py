@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -136,8 +137,10 @@ class CompiledStep:
         options: StepOptions = StepOptions(),
         max_grad_norm: float | None = None,
     ):
-        self._gemma, self._optimizer = gemma, optimizer
-        self._objective, self._options, self._max_grad_norm = objective, options, max_grad_norm
+        self._gemma, self._optimizer, self._options = gemma, optimizer, options
+        self._plain = partial(
+            train_step, gemma, optimizer, objective=objective, max_grad_norm=max_grad_norm
+        )
         self._compiled = mx.compile(self._pure) if COMPILES else self._pure
         self.compilations = 0
 
@@ -162,12 +165,6 @@ class CompiledStep:
         backbone, optimizer = self._gemma.backbone, self._optimizer
         backbone.update(parameters)
         optimizer.state = state
-        sums, norm = train_step(
-            self._gemma,
-            optimizer,
-            [Batch(**fields) for fields in batches],
-            self._objective,
-            replace(self._options, key=key),
-            self._max_grad_norm,
-        )
+        options = replace(self._options, key=key)
+        sums, norm = self._plain([Batch(**fields) for fields in batches], options=options)
         return _fields(sums), norm, backbone.trainable_parameters(), optimizer.state

@@ -65,6 +65,7 @@ class Trainer:
         self.config, self.run = config, run or Run(gemma)
         self.step = CompiledStep(gemma, optimizer, objective, options, config.max_grad_norm)
         self._meter = _Meter()
+        mx.reset_peak_memory()
 
     def train(self, total: int) -> Run:
         """Take the steps, up to number `total`.
@@ -85,8 +86,7 @@ class Trainer:
                 val_loss = self.validate() if self.validate and evaluated else None
                 if evaluated or run.step % config.report_every == 0:
                     self._report(val_loss)
-                if self.checkpoints:
-                    self._save(self.checkpoints, step.progress, val_loss, last)
+                self._save(step.progress, val_loss, last)
                 if last:
                     break
         finally:
@@ -113,18 +113,19 @@ class Trainer:
 
     def _report(self, val_loss: float | None) -> None:
         rate = float(self.optimizer.learning_rate)
-        metrics = {"step": self.run.step, **self._meter.take(val_loss, rate)}
+        metrics = {"step": self.run.step, **self._meter.line(val_loss, rate)}
+        self._meter = _Meter()
         self.run.history.append(metrics)
         for callback in self.callbacks:
             callback.report(metrics)
 
-    def _save(
-        self, checkpoints: Checkpoints, progress: Progress, val_loss: float | None, last: bool
-    ) -> None:
+    def _save(self, progress: Progress, val_loss: float | None, last: bool) -> None:
         """Save where that is due: every so many steps, the best so far, and the last."""
-        best = val_loss is not None and checkpoints.is_best(val_loss)
+        if self.checkpoints is None:
+            return
+        best = val_loss is not None and self.checkpoints.is_best(val_loss)
         if last or best or progress.step % self.config.save_every == 0:
-            saved = checkpoints.save(self.gemma, self.optimizer, progress, val_loss)
+            saved = self.checkpoints.save(self.gemma, self.optimizer, progress, val_loss)
             for callback in self.callbacks:
                 callback.saved(saved)
 
@@ -142,10 +143,6 @@ class _Meter:
     """Sums since the last report; tokens are those of the examples, without padding."""
 
     def __init__(self) -> None:
-        mx.reset_peak_memory()
-        self._clear()
-
-    def _clear(self) -> None:
         self._loss, self._count, self._tokens = 0.0, 0.0, 0
         self._norm: float | None = None
         self._metrics: defaultdict[str, float] = defaultdict(float)
@@ -160,8 +157,8 @@ class _Meter:
         for name, value in sums.metrics.items():
             self._metrics[name] += float(value)
 
-    def take(self, val_loss: float | None, learning_rate: float) -> dict[str, Any]:
-        """A line of metrics since the last; `grad_norm` is the last step's, before clipping."""
+    def line(self, val_loss: float | None, learning_rate: float) -> dict[str, Any]:
+        """Of metrics.jsonl; `grad_norm` is the last step's, before clipping."""
         metrics: dict[str, Any] = {
             "loss": self._loss / self._count if self._count else None,
             "val_loss": val_loss,
@@ -172,6 +169,4 @@ class _Meter:
         }
         if self._norm is not None:
             metrics["grad_norm"] = self._norm
-        metrics |= {name: value / self._count for name, value in self._metrics.items()}
-        self._clear()
-        return metrics
+        return metrics | {name: value / self._count for name, value in self._metrics.items()}
