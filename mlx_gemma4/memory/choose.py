@@ -41,19 +41,14 @@ _UNITS = {"kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2*
 
 
 def choose(
-    plan: Plan,
-    memory: float,
-    wanted: StepSettings = StepSettings(),
-    *,
-    may_quantize: bool = False,
-    may_shorten: bool = False,
+    plan: Plan, memory: float, wanted: StepSettings = StepSettings(), *, may_quantize: bool = False
 ) -> tuple[StepSettings, int]:
     """The first settings of an order of preference that fit.
 
     What is given up, in this order: keeping all activations (the fewest layers that are enough
     are rematerialised); rows of a batch (then as many batches are accumulated, so that an
-    optimizer step sees the same rows); with `may_quantize` 16 bits, for 8 and then 4; with
-    `may_shorten` half of the length, and half of that, down to 256.
+    optimizer step sees the same rows); with `may_quantize` 16 bits, for 8 and then 4; half of the
+    length, and half of that, down to 256.
 
     Args:
         memory: bytes.
@@ -71,7 +66,7 @@ def choose(
         return found.resident + found.step * (1 + MARGIN)
 
     lengths = [wanted.length]
-    while may_shorten and lengths[-1] // 2 >= _LEAST_LENGTH:
+    while lengths[-1] // 2 >= _LEAST_LENGTH:
         lengths.append(lengths[-1] // 2)
     quantizable = may_quantize and wanted.bits is None and wanted.lora is not None
     batches = [wanted.batch_size >> halvings for halvings in range(wanted.batch_size.bit_length())]
@@ -139,7 +134,7 @@ def fit_settings(
     """
     wanted = step_settings(config, data.max_seq_length, train, lora)
     plan, memory = Plan.from_config(config), parse_memory(fit)
-    settings, accumulated = choose(plan, memory, wanted, may_shorten=True)
+    settings, accumulated = choose(plan, memory, wanted)
     train = replace(
         train,
         memory=fit,

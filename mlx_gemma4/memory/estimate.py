@@ -219,8 +219,21 @@ def _modules(plan: Plan, layer: LayerPlan) -> dict[str, tuple[int, ...]]:
 
 
 def _adapters(plan: Plan, lora: LoraConfig) -> int:
-    """Bytes of LoRA's matrices and DoRA's magnitudes."""
-    _check_targets(plan, lora)
+    """Bytes of LoRA's matrices and DoRA's magnitudes; refuses what training would."""
+    if lora.num_layers > len(plan.layers):
+        raise AdapterError(
+            f"num_layers is {lora.num_layers}",
+            wanted=f"at most the model's {len(plan.layers)} layers, or -1 for all",
+            do="change num_layers",
+        )
+    known = [(layer.index, path) for layer in plan.layers for path in _modules(plan, layer)]
+    for word in lora.targets:
+        if not any(is_meant(module, word) for module in known):
+            raise AdapterError(
+                f"LoRA target {word!r} matches no module of the layers",
+                wanted="one of " + ", ".join(sorted({path for _, path in known})),
+                do="change lora_targets",
+            )
     values = 0
     for layer in plan.layers:
         shapes = _modules(plan, layer)
@@ -241,24 +254,6 @@ def _ranks(plan: Plan, layer: LayerPlan, lora: LoraConfig | None) -> dict[str, i
             own = (n for word, n in (lora.rank_pattern or {}).items() if is_meant(module, word))
             ranks[path] = next(own, lora.rank)
     return ranks
-
-
-def _check_targets(plan: Plan, lora: LoraConfig) -> None:
-    """Refuse what training would, with its words (lora/targets.py)."""
-    if lora.num_layers > len(plan.layers):
-        raise AdapterError(
-            f"num_layers is {lora.num_layers}",
-            wanted=f"at most the model's {len(plan.layers)} layers, or -1 for all",
-            do="change num_layers",
-        )
-    known = [(layer.index, path) for layer in plan.layers for path in _modules(plan, layer)]
-    for word in lora.targets:
-        if not any(is_meant(module, word) for module in known):
-            raise AdapterError(
-                f"LoRA target {word!r} matches no module of the layers",
-                wanted="one of " + ", ".join(sorted({path for _, path in known})),
-                do="change lora_targets",
-            )
 
 
 def _step(plan: Plan, s: StepSettings, trained: int) -> dict[str, int]:

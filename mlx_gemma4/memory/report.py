@@ -15,8 +15,6 @@ from .estimate import StepSettings, estimate
 
 __all__ = ["answer"]
 
-_LENGTHS = (1024, 2048, 4096, 8192)
-
 
 def answer(
     run: RunConfig,
@@ -45,9 +43,7 @@ def answer(
         print(f"data: the longest of {rows[1]} rows has about {rows[0]} tokens")
     if fit.table:
         _print_table(plan, wanted, memory)
-    settings, accumulated = choose(
-        plan, memory, wanted, may_quantize=not fit.bits, may_shorten=True
-    )
+    settings, accumulated = choose(plan, memory, wanted, may_quantize=not fit.bits)
     model = str(run.model)
     print(f"\nbest that fits: {estimate(plan, settings)}")
     print(f"{settings.remat_layers} of {len(plan.layers)} layers rematerialised")
@@ -82,7 +78,7 @@ def _print_table(plan: Plan, wanted: StepSettings, memory: int) -> None:
     print("\npeak with batch_size 1 (* does not fit)")
     print(f"{'max_seq_length':>14}    rematerialize{heads}")
     for layers in (0, len(plan.layers)):
-        for length in _LENGTHS:
+        for length in (1024, 2048, 4096, 8192):
             given = replace(wanted, batch_size=1, length=length, remat_layers=layers)
             peaks = [estimate(plan, replace(given, bits=bits)).peak for bits in precisions]
             cells = "".join(f"{size(n) + ('*' if n > memory else ' '):>12}" for n in peaks)

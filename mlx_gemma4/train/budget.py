@@ -38,13 +38,12 @@ def run_memory(
     # Of the first examples, where all would have to be made to know.
     some = [examples[i] for i in range(min(1000, len(examples)))]
     targets = sum(example.num_targets for example in some)
-    weight = text_model(gemma.backbone).norm.weight
     settings = replace(
         step_settings(gemma.loaded.config, length, config, gemma.lora),
         batch_size=rows,
         longest=longest,
         targets=targets / max(1, sum(len(example) - 1 for example in some)),
-        dtype=str(weight.dtype).rpartition(".")[2],
+        dtype=str(text_model(gemma.backbone).norm.weight.dtype).rpartition(".")[2],
     )
     mx.eval(gemma.backbone.trainable_parameters(), optimizer.state)
     return plan_memory(

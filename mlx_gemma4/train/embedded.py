@@ -50,11 +50,7 @@ _BASE_LENGTH = 129
 
 
 def prepare(cache: Path | None = None) -> tuple[Path, Path]:
-    """(model folder, data folder), built and trained if they are not cached yet.
-
-    Args:
-        cache: by default storage.cache_folder().
-    """
+    """(model folder, data folder) in `cache`, built and trained if they are not there yet."""
     # Changes with the text, the shapes and the training that the base is made of.
     made_of = [repr(_BASE), sys.version, inspect.getsource(tiny), inspect.getsource(stdlib)]
     fingerprint = hashlib.sha256("".join(made_of).encode()).hexdigest()[:12]

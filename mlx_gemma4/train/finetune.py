@@ -27,12 +27,11 @@ from ..objectives import Objective
 from ..objectives.sft import sft
 from ..storage import write_text
 from .budget import run_memory
-from .callbacks import Callback, Console, MetricsFile
 from .checkpoint import Checkpoints
 from .evaluate import evaluate
 from .optim import make_optimizer
 from .prefetch import Progress, training_steps
-from .run import Run
+from .run import Callback, Console, MetricsFile, Run
 from .trainer import Trainer
 
 __all__ = ["finetune"]
@@ -122,11 +121,7 @@ def finetune(
 
 
 def _checkpoints(
-    run: Run,
-    data: Dataset,
-    config: TrainConfig,
-    optimizer: optim.Optimizer,
-    newest: Path | None,
+    run: Run, data: Dataset, config: TrainConfig, optimizer: optim.Optimizer, newest: Path | None
 ) -> tuple[Checkpoints | None, Progress]:
     """Where the run saves, and where it begins: at the newest checkpoint, if there is one."""
     if run.output is None:
@@ -178,9 +173,9 @@ def _prepare(gemma: Gemma4, config: TrainConfig, lora: LoraConfig | None) -> Non
     """Say what trains, with LoRA's random start from the run's seed."""
     if config.fine_tune_type == "full":
         if gemma.lora is not None or lora is not None:
+            found = "lora is given" if gemma.lora is None else "the model carries LoRA layers"
             raise TrainingError(
-                "fine_tune_type is full, and "
-                + ("lora is given" if gemma.lora is None else "the model carries LoRA layers"),
+                f"fine_tune_type is full, and {found}",
                 wanted="LoRA or full fine-tuning",
                 do="leave out lora, and load the model without adapter; or set fine_tune_type lora",
             )
@@ -207,10 +202,10 @@ def _read_metrics(path: Path, last_step: int) -> list[dict[str, Any]]:
 
 
 def _summary(run: Run, data: Dataset, config: TrainConfig, objective: Objective) -> dict[str, Any]:
-    def last(key: str) -> list[float]:
-        return [report[key] for report in run.history if report[key] is not None]
-
-    trained, validated = last("loss"), last("val_loss")
+    trained, validated = (
+        [report[key] for report in run.history if report[key] is not None]
+        for key in ("loss", "val_loss")
+    )
     trainable = flat(run.gemma.backbone.trainable_parameters())
     test = evaluate(run.gemma, data.test, data.config, config, objective) if data.test else None
     return {

@@ -102,13 +102,14 @@ def train_step(
         The sums of all batches together, and the norm of the mean gradient where it was asked
         for; not yet evaluated.
     """
-    keys = [None] if options.key is None else mx.random.split(options.key, len(batches))
+    count = len(batches)
+    keys = [None] * count if options.key is None else [*mx.random.split(options.key, count)]
     totals, grads = gradients(gemma, batches[0], objective, replace(options, key=keys[0]))
-    for i, batch in enumerate(batches[1:], start=1):
+    for batch, key in zip(batches[1:], keys[1:]):
         # One batch's activations are alive at a time.
         tokens = mx.depends(batch.tokens_BT, [totals.loss, *flat(grads).values()])
-        own = replace(options, key=None if options.key is None else keys[i])
-        sums, added = gradients(gemma, replace(batch, tokens_BT=tokens), objective, own)
+        batch, options = replace(batch, tokens_BT=tokens), replace(options, key=key)
+        sums, added = gradients(gemma, batch, objective, options)
         totals = Sums(*tree_map(mx.add, _fields(totals), _fields(sums)))
         grads = tree_map(mx.add, grads, added)
     means, norm = tree_map(lambda grad: grad / totals.count, grads), None

@@ -18,10 +18,9 @@ from ..gemma import Gemma4
 from ..nn.batch import StepOptions
 from ..objectives import Objective, Sums
 from ..objectives.sft import sft
-from .callbacks import Callback
 from .checkpoint import Checkpoints
 from .prefetch import Progress, Step
-from .run import Run
+from .run import Callback, Run
 from .step import CompiledStep
 
 __all__ = ["Trainer"]
@@ -105,7 +104,12 @@ class Trainer:
         mx.eval(vars(sums), norm, self.gemma.backbone.trainable_parameters(), self.optimizer.state)
         loss, count = float(sums.loss), float(sums.count)
         if not math.isfinite(loss):
-            raise self._not_finite(loss, number)
+            newest = self.checkpoints.newest() if self.checkpoints else None
+            raise TrainingError(
+                f"the loss of step {number} is {loss}" + (f"; {newest} is kept" if newest else ""),
+                wanted="a finite loss",
+                do="lower the learning rate" + (" and resume" if newest else ""),
+            )
         self.run.step = number
         self._meter.add(sums, norm, step.num_tokens)
         for callback in self.callbacks:
@@ -128,15 +132,6 @@ class Trainer:
             saved = self.checkpoints.save(self.gemma, self.optimizer, progress, val_loss)
             for callback in self.callbacks:
                 callback.saved(saved)
-
-    def _not_finite(self, loss: float, step: int) -> TrainingError:
-        newest = self.checkpoints.newest() if self.checkpoints else None
-        kept = f"; {newest} is kept" if newest else ""
-        return TrainingError(
-            f"the loss of step {step} is {loss}{kept}",
-            wanted="a finite loss",
-            do="lower the learning rate" + (" and resume" if newest else ""),
-        )
 
 
 class _Meter:

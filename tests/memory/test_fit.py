@@ -52,16 +52,15 @@ def predicted(monkeypatch):
     ],
 )
 def test_what_is_given_up_and_in_which_order(plan, predicted, megabytes, wanted):
-    settings, accumulated = choose(
-        plan, megabytes * 1e6, WANTED, may_quantize=True, may_shorten=True
-    )
+    settings, accumulated = choose(plan, megabytes * 1e6, WANTED, may_quantize=True)
     found = (settings.bits, settings.length, settings.batch_size, accumulated)
     assert (*found, settings.remat_layers) == wanted
 
 
-def test_nothing_is_given_up_unasked(plan, predicted):
-    with pytest.raises(ConfigError, match=r"the least that was tried takes 18.* MB") as error:
-        choose(plan, 18e6, WANTED)
+def test_precision_is_not_given_up_unasked(plan, predicted):
+    """511 positions at 1150 bytes beside 16 MB; half of them would be too few."""
+    with pytest.raises(ConfigError, match="the least that was tried takes 17 MB") as error:
+        choose(plan, 16.5e6, replace(WANTED, length=511))
     assert "quantized checkpoint" in error.value.do
 
 
