@@ -178,7 +178,9 @@ FAST = [
     setting("e2b", 1024, layers=3),
     setting("e2b", 512, remat_layers=3, layers=3, vocab_size=32768),
     setting("dense", 768, "plain", layers=2, compiled=False),
-    setting("dense", 3328, remat_layers=2, layers=2, compiled=False),
+    setting(
+        "dense", 1664, remat_layers=2, layers=2, batch_size=2, intermediate_size=768, compiled=False
+    ),
     setting("moe", 640, layers=3, compiled=False),
     setting("unified", 1024, longest=128, layers=3, compiled=False),
     setting("e4b", 1024, targets=0.3, layers=3, compiled=False),

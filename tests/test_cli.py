@@ -169,11 +169,13 @@ def test_a_run_from_flags_to_an_answer(tiny, rows, tmp_path, capsys):
     assert capsys.readouterr().out != adapted
 
 
-def test_without_an_output_folder_runs_are_numbered(tiny, rows, tmp_path, monkeypatch):
+def test_without_an_output_folder_runs_are_numbered(tiny, rows, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for number in (1, 2):
-        train.main(["--model", str(tiny), "--data", str(rows), "--iters", "1", "--lora-rank", "1"])
+    for number, more in ((1, []), (2, ["--fit", "1GB", "--batch-size", "2"])):
+        train.main(["--model", str(tiny), "--data", str(rows), "--iters", "1", *more])
         assert (tmp_path / "runs" / str(number) / "adapter" / "adapters.safetensors").exists()
+    told = capsys.readouterr().out
+    assert "--fit 1GB chooses --max-seq-length 2048 --batch-size 2 --grad-accumulation" in told
 
 
 def test_a_run_from_yaml_with_a_flag_over_it(tiny, rows, tmp_path):

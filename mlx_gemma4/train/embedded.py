@@ -50,22 +50,15 @@ _BASE_LENGTH = 129
 
 
 def prepare(cache: Path | None = None) -> tuple[Path, Path]:
-    """(model folder, data folder), built and trained if they are not cached yet.
-
-    Args:
-        cache: by default storage.cache_folder().
-    """
-    folder = (cache or cache_folder()) / f"tiny-{_fingerprint()}"
+    """(model folder, data folder) in `cache`, built and trained if they are not there yet."""
+    # Changes with the text, the shapes and the training that the base is made of.
+    made_of = [repr(_BASE), sys.version, inspect.getsource(tiny), inspect.getsource(stdlib)]
+    fingerprint = hashlib.sha256("".join(made_of).encode()).hexdigest()[:12]
+    folder = (cache or cache_folder()) / f"tiny-{fingerprint}"
     if not folder.exists():
         with new_folder(folder) as partial:
             _build(partial)
     return folder / "model", folder / "data"
-
-
-def _fingerprint() -> str:
-    """Changes with the text, the shapes or the training that the cached base is made of."""
-    made_of = [repr(_BASE), sys.version, inspect.getsource(tiny), inspect.getsource(stdlib)]
-    return hashlib.sha256("".join(made_of).encode()).hexdigest()[:12]
 
 
 def _build(folder: Path) -> None:
