@@ -6,17 +6,6 @@ import sys
 from collections.abc import Callable, Iterable
 from functools import partial
 
-__all__ = [
-    "AdapterError",
-    "CapabilityError",
-    "ConfigError",
-    "DataError",
-    "ExportError",
-    "Gemma4Error",
-    "ModelError",
-    "TrainingError",
-]
-
 
 class Gemma4Error(Exception):
     """The root: what was found, what was wanted, and what the reader should do."""

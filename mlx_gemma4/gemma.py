@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .config import LoraConfig
-from .errors import AdapterError, CapabilityError, ModelError
+from .errors import AdapterError, CapabilityError, ConfigError, ModelError
 from .lora.attach import adapted_modules, attach_lora
 from .lora.state import load_adapter
 from .lora.targets import resolve_targets
@@ -26,20 +26,20 @@ from .nn.forward import forward
 from .nn.head import logits
 from .storage import size
 
-__all__ = ["Gemma4", "load"]
-
 
 def load(
     path_or_hub_id: str | Path,
     adapter: str | Path | None = None,
     *,
     encoders: bool = False,
+    towers: bool | None = None,
 ) -> Gemma4:
     """Load a Gemma 4 for training or generation.
 
     Args:
         adapter: an adapter folder of any format, such as OUTPUT/adapter.
         encoders: build vision and audio encoders too, through mlx-vlm.
+        towers: the old name of `encoders`, refused with a ConfigError.
 
     Returns:
         The model, frozen but for the adapter; `add_lora` or `train_all` says what trains.
@@ -53,6 +53,8 @@ def load(
     >>> gemma.plan.num_shared
     3
     """
+    if towers is not None:
+        raise ConfigError("towers is given", wanted="encoders, its name now", do="rename it")
     folder = resolve(path_or_hub_id)
     Plan.from_config(read_config(folder))  # what is wrong shows before gigabytes are read
     tokenizer = load_tokenizer(folder)

@@ -12,8 +12,6 @@ from pathlib import Path
 
 from .errors import ConfigError
 
-__all__ = ["cache_folder", "new_file", "new_folder", "size", "write_text"]
-
 
 @contextmanager
 def new_file(path: str | Path, *, sync: bool = False) -> Iterator[Path]:

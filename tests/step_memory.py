@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
+from shapes import SHAPES
 
 from mlx_gemma4.config import LoraConfig
 from mlx_gemma4.data.batch.collate import collate
@@ -24,7 +25,6 @@ from mlx_gemma4.model.capability import inspect_backbone
 from mlx_gemma4.model.loader import LoadedBackbone, build_backbone
 from mlx_gemma4.model.names import PLE_TABLE, flat, text_model
 from mlx_gemma4.model.plan import FULL, SLIDING, Plan
-from mlx_gemma4.model.tiny import SHAPES
 from mlx_gemma4.nn.batch import StepOptions
 from mlx_gemma4.train.step import CompiledStep, gradients, loss_and_grads, train_step
 

@@ -7,8 +7,6 @@ from typing import Literal
 
 from .schema import Settings, setting
 
-__all__ = ["ExportConfig", "FitConfig", "GenerateConfig", "RunConfig", "ShowConfig"]
-
 
 @dataclass(frozen=True)
 class RunConfig(Settings):

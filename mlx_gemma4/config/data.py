@@ -8,8 +8,6 @@ from typing import Literal
 
 from .schema import Settings, setting, wrong
 
-__all__ = ["DataConfig"]
-
 
 @dataclass(frozen=True)
 class DataConfig(Settings):

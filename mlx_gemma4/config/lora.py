@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 from .schema import Settings, flatten, setting, wrong
 
-__all__ = ["LoraConfig"]
-
 
 @dataclass(frozen=True)
 class LoraConfig(Settings):

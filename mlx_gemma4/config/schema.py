@@ -21,17 +21,6 @@ from typing import Any, Literal, NamedTuple
 
 from ..errors import ConfigError
 
-__all__ = [
-    "Part",
-    "Settings",
-    "build",
-    "flatten",
-    "read_arguments",
-    "read_yaml",
-    "setting",
-    "wrong",
-]
-
 
 def setting(default: Any, help: str, *, prefix: str = "", at_least: float | None = None) -> Any:
     """A field of `Settings`, with its line for --help.

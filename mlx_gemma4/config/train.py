@@ -8,8 +8,6 @@ from typing import Literal
 from ..errors import ConfigError
 from .schema import Settings, setting, wrong
 
-__all__ = ["TrainConfig"]
-
 
 @dataclass(frozen=True)
 class TrainConfig(Settings):

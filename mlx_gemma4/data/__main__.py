@@ -23,7 +23,7 @@ from ..config import (
     read_arguments,
 )
 from ..errors import ConfigError, run_command
-from ..model.text import text_side
+from ..model.tokenizer import text_side
 from ..storage import write_text
 
 _SHOWN = 20  # examples of each split on the page, at least

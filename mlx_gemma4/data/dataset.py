@@ -13,7 +13,7 @@ import numpy as np
 
 from ..config import DataConfig
 from ..errors import ConfigError, DataError
-from ..model.text import TextSide
+from ..model.tokenizer import TextSide
 from .batch.order import BatchOrder
 from .chat.encode import Chunk, Task, encode_chunk
 from .example import Example, Examples, Facts, Store
@@ -25,8 +25,6 @@ from .store.workers import Workers
 
 if TYPE_CHECKING:
     from ..gemma import Gemma4
-
-__all__ = ["Dataset", "read"]
 
 SMALL = 8_000_000
 """Files up to this many bytes are read anew every time, in this process."""

@@ -11,8 +11,6 @@ from typing import overload
 
 import numpy as np
 
-__all__ = ["Example", "Examples", "Facts", "Store", "origin_of"]
-
 _TARGET_BIT = np.uint32(1 << 31)
 """The bit of a stored token that says it is a target; ids are far below it."""
 

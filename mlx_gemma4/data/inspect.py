@@ -15,8 +15,6 @@ from ..errors import DataError
 from .batch.order import BatchOrder
 from .example import Example, Examples, Facts
 
-__all__ = ["Shown", "of_epoch", "of_splits", "page", "report", "summary"]
-
 _BINS = 12
 _BAR = 40
 _GREEN, _DIM, _END = "\x1b[32m", "\x1b[2m", "\x1b[0m"

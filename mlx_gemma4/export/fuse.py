@@ -31,8 +31,6 @@ from ..model.quantize import Packing, quantizable, stored_quantization
 from ..storage import new_folder
 from .shards import Job, Output, StoredWeight, as_bytes, stored_weights, write_shards
 
-__all__ = ["ChangeKept", "fuse", "fuse_adapter", "write_fused"]
-
 Quantize = Literal["base"] | int | None
 
 _PIECE_BYTES = 1 << 26  # of float32 values that are merged at a time

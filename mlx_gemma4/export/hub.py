@@ -20,8 +20,6 @@ from ..lora.formats import ADAPTERS, base_of, format_of
 from ..lora.formats import gguf as gguf_format
 from ..lora.formats.format import CONFIG
 
-__all__ = ["kind_of", "model_card", "push_folder", "require_repo_id"]
-
 _PATHS = ("model", "data", "output", "resume")
 
 _FUSED = """\

@@ -22,8 +22,6 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from ..model.checkpoint import DTYPES, INDEX, StoredTensor
 from ..model.quantize import Packing, stored_packing, stored_quantization
 
-__all__ = ["Job", "Output", "StoredWeight", "as_bytes", "stored_weights", "write_shards"]
-
 _COPY_BYTES = 1 << 24
 
 

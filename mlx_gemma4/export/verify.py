@@ -27,8 +27,6 @@ from ..model.checkpoint import mismatches, shapes_of
 from ..model.download import resolve
 from ..model.names import is_frozen_buffer
 
-__all__ = ["Proof", "check_adapter", "check_logits"]
-
 PROMPTS = (
     "What is a list? A list holds values, one after another.",
     "Open the file, read a line, and return the sum of its numbers.",

@@ -23,11 +23,6 @@ from ..model.plan import Plan
 from ..model.targets import settings_of
 from ..nn.dropout import KeyedDropout
 
-__all__ = [
-    *("LowRank", "Update", "Whole", "adapted_modules", "attach_lora", "lora_layers"),
-    *("low_rank_updates", "require_effect", "updates_of", "without_lora"),
-]
-
 
 def attach_lora(backbone: nn.Module, modules: Sequence[Module], config: LoraConfig) -> None:
     """Wrap modules of a frozen backbone in mlx-lm's LoRA or DoRA layers, which then train.

@@ -24,8 +24,6 @@ from .formats.format import CONFIG, Files, Read, Stored
 from .formats.mlx_lm import MlxLm, config_of
 from .targets import keys_of
 
-__all__ = ["adapter_of", "load_adapter", "read_files", "read_updates", "save_adapter"]
-
 
 def save_adapter(
     backbone: nn.Module, folder: str | Path, lora: LoraConfig | None, model: str

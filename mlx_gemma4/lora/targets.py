@@ -11,8 +11,6 @@ from ..config import LoraConfig
 from ..model.names import Module, text_model, text_prefix
 from ..model.targets import chosen_modules
 
-__all__ = ["adaptable_modules", "keys_of", "module_name", "resolve_targets"]
-
 
 def resolve_targets(backbone: nn.Module, config: LoraConfig) -> list[Module]:
     """The modules of a backbone that a config adapts; errors as in `model.targets`."""

@@ -30,8 +30,6 @@ from ..model.quantize import stored_quantization
 from ..storage import size
 from .estimate import DTYPE_BYTES, MOMENTS, StepSettings, estimate
 
-__all__ = ["choose", "fit_settings", "machine_memory", "parse_memory", "step_settings"]
-
 MARGIN = 0.15
 """How far the formula's step may be off."""
 

@@ -31,8 +31,6 @@ from ..nn.head import _chunk_size
 from ..nn.mask import AttentionMask
 from ..storage import size
 
-__all__ = ["COMPILES", "Estimate", "StepSettings", "estimate"]
-
 COMPILES = tuple(map(int, version("mlx").split(".")[:2])) >= (0, 32)
 """Whether steps are compiled: MLX 0.31's compile fails where a learning rate is 0, and gets
 dropout wrong."""

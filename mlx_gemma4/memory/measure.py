@@ -16,8 +16,6 @@ from ..model.plan import Plan
 from ..storage import size
 from .estimate import Estimate, StepSettings, estimate
 
-__all__ = ["RunStep", "plan_memory"]
-
 RunStep = Callable[[int, int], int]
 """(length, rematerialised layers) -> bytes that a real step took beside what was resident."""
 

@@ -13,8 +13,6 @@ from ..storage import size
 from .choose import choose, step_settings
 from .estimate import StepSettings, estimate
 
-__all__ = ["answer"]
-
 
 def answer(
     run: RunConfig,

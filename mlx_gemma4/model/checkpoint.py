@@ -18,18 +18,6 @@ import numpy as np
 
 from ..errors import ModelError, damaged, listing
 
-__all__ = [
-    "DTYPES",
-    "INDEX",
-    "StoredTensor",
-    "load_file",
-    "load_tensors",
-    "mismatches",
-    "read_index",
-    "read_metadata",
-    "shapes_of",
-]
-
 INDEX = "model.safetensors.index.json"
 
 # safetensors' name -> (numpy's dtype of the same width, MLX's dtype)

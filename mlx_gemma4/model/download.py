@@ -8,8 +8,6 @@ from typing import Any
 from ..errors import ModelError
 from .plan import read_config
 
-__all__ = ["fetch_config", "resolve"]
-
 _TEXT_SIDE = ["*.json", "*.jinja", "*.model"]
 _WEIGHTS = ["*.safetensors"]
 

@@ -22,8 +22,6 @@ from .checkpoint import DTYPES, StoredTensor
 from .plan import Plan
 from .quantize import stored_packing
 
-__all__ = ["DiskEmbedding", "GatheredRows", "PerLayerRows"]
-
 
 @dataclass(frozen=True)
 class GatheredRows:

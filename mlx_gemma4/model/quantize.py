@@ -12,15 +12,6 @@ import mlx.nn as nn
 from ..errors import ConfigError, ModelError, damaged
 from .names import text_model
 
-__all__ = [
-    "Packing",
-    "own_quantization",
-    "quantizable",
-    "quantize_as_stored",
-    "stored_packing",
-    "stored_quantization",
-]
-
 _BITS, _GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
 
 

@@ -9,8 +9,6 @@ from ..config import LoraConfig
 from ..errors import AdapterError
 from .names import Module, is_meant
 
-__all__ = ["chosen_modules", "settings_of"]
-
 
 def chosen_modules(config: LoraConfig, known: Collection[Module], num_layers: int) -> list[Module]:
     """The modules that a config adapts, of those that LoRA can adapt in a model.

@@ -23,8 +23,6 @@ from .batch import Batch, StepOptions
 from .forward import Model, forward
 from .remat import in_pieces, with_parameters
 
-__all__ = ["batch_log_probs", "logits", "token_log_probs"]
-
 _CHUNK_BYTES = 8 * 2**20
 """Logits that a chunk may have; 64 targets and up, so that its products still fill a GPU."""
 

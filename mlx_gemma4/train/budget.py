@@ -22,8 +22,6 @@ from ..nn.batch import Batch, StepOptions
 from ..objectives import Objective
 from .step import CompiledStep
 
-__all__ = ["run_memory", "trial_step"]
-
 
 def run_memory(
     gemma: Gemma4,

@@ -31,8 +31,6 @@ from ..model.names import flat
 from ..storage import new_file, new_folder, size
 from .prefetch import Progress
 
-__all__ = ["Checkpoints"]
-
 
 class Checkpoints:
     """The checkpoints of one output folder: the newest few, and the best by validation loss.

@@ -20,8 +20,6 @@ from ..model import tiny
 from ..storage import cache_folder, new_folder
 from .finetune import finetune
 
-__all__ = ["DEFAULTS", "PROMPT", "prepare"]
-
 PROMPT = "What does get_name(self) do?"
 
 DEFAULTS: dict[str, Any] = {

@@ -34,8 +34,6 @@ from .prefetch import Progress, training_steps
 from .run import Callback, Console, MetricsFile, Run
 from .trainer import Trainer
 
-__all__ = ["finetune"]
-
 # Settings that a resumed run may change without becoming another run; at a constant learning
 # rate it may become longer too.
 _FREE_ON_RESUME = {

@@ -17,8 +17,6 @@ from ..gemma import Gemma4
 from ..model.ple import GatheredRows
 from ..nn.batch import Batch
 
-__all__ = ["Progress", "Step", "prepared", "training_steps"]
-
 Tag = TypeVar("Tag")
 
 

@@ -22,8 +22,6 @@ from ..gemma import Gemma4
 from ..lora.attach import adapted_modules
 from ..model.names import flat
 
-__all__ = ["Callback", "Console", "MetricsFile", "Run"]
-
 
 @dataclass(repr=False)
 class Run:

@@ -21,8 +21,6 @@ from ..nn.head import batch_log_probs
 from ..objectives import Objective, Sums
 from ..objectives.sft import sft
 
-__all__ = ["CompiledStep", "gradients", "loss_and_grads", "train_step"]
-
 
 def loss_and_grads(
     gemma: Gemma4,

@@ -23,8 +23,6 @@ from .prefetch import Progress, Step
 from .run import Callback, Run
 from .step import CompiledStep
 
-__all__ = ["Trainer"]
-
 
 class Trainer:
     """A training loop: fetch, step, evaluate, report, save, stop.

@@ -24,7 +24,7 @@ from mlx_gemma4.data.store import cache
 from mlx_gemma4.data.store.cache import cached
 from mlx_gemma4.data.store.workers import Workers
 from mlx_gemma4.errors import DataError
-from mlx_gemma4.model.text import TextSide, text_side
+from mlx_gemma4.model.tokenizer import TextSide, text_side
 
 ROWS = [
     {"messages": [{"role": "user", "content": f"What is {i}?"},
@@ -280,7 +280,7 @@ def test_workers_start_from_a_script_without_a_guard_and_from_no_script_at_all(
     """A notebook has no file to import again; what multiprocessing spawns would need one."""
     script = (
         "import mlx_gemma4.data.dataset as dataset\n"
-        "from mlx_gemma4.model.text import text_side\n"
+        "from mlx_gemma4.model.tokenizer import text_side\n"
         "dataset.SMALL = 0\n"
         f"data = dataset.read({str(path)!r}, text_side({str(tiny)!r}))\n"
         "print(len(data))\n"

@@ -19,7 +19,7 @@ from mlx_gemma4.data.dataset import Dataset, read
 from mlx_gemma4.data.example import Example
 from mlx_gemma4.data.inspect import Shown
 from mlx_gemma4.errors import DataError, run_command
-from mlx_gemma4.model.text import text_side
+from mlx_gemma4.model.tokenizer import text_side
 
 NASTY = "</div><script>alert('&')</script> \x1b[31mred\x07 ⟦é🙂"
 

@@ -16,7 +16,7 @@ import pytest
 
 from mlx_gemma4.data import __main__ as command
 from mlx_gemma4.errors import run_command
-from mlx_gemma4.model.text import text_side
+from mlx_gemma4.model.tokenizer import text_side
 
 GOOD = b'{"prompt": "Hi", "completion": "Hello"}\n'
 USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}

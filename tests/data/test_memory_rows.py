@@ -13,7 +13,7 @@ from mlx_gemma4.config import DataConfig
 from mlx_gemma4.data import dataset
 from mlx_gemma4.data.dataset import read
 from mlx_gemma4.errors import ConfigError, DataError
-from mlx_gemma4.model.text import text_side
+from mlx_gemma4.model.tokenizer import text_side
 
 PAIRS = [{"prompt": f"What is {i}?", "completion": f"Value {i * i}."} for i in range(6)]
 

@@ -25,7 +25,7 @@ from mlx_gemma4.lora.state import save_adapter
 from mlx_gemma4.model.checkpoint import read_index, read_metadata
 from mlx_gemma4.model.names import DEAD_KV, split_experts, text_model
 from mlx_gemma4.model.plan import Plan, read_config
-from mlx_gemma4.model.tiny import SHAPES, build_tiny
+from mlx_gemma4.model.tiny import TEXT, build_tiny
 from mlx_gemma4.storage import new_folder
 
 OUTER = "model.language_model."
@@ -224,11 +224,8 @@ def test_survival_is_measured_and_a_small_change_is_not_erased_silently(tiny, tm
 def test_memory_is_that_of_a_piece(tmp_path):
     """Of a model of 150 MB no more than a few pieces of 1 MB are in memory at a time."""
     text = {"hidden_size": 512, "intermediate_size": 4096}
-    SHAPES["large"] = {**SHAPES["e2b"], **text, "use_double_wide_mlp": False}
-    try:
-        base = build_tiny(tmp_path / "base", ["a b c\n"], shape="large")
-    finally:
-        del SHAPES["large"]
+    text = {**TEXT, **text, "use_double_wide_mlp": False}
+    base = build_tiny(tmp_path / "base", ["a b c\n"], text=text)
     total = sum(tensor.nbytes for tensor in read_index(base).values())
     gemma = adapted(base)
     save_adapter(gemma.backbone, tmp_path / "adapter", gemma.lora, str(base))

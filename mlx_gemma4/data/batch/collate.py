@@ -14,8 +14,6 @@ from ...nn.batch import Batch
 from ..example import Example
 from .order import bucket, longest_bound, padded_length
 
-__all__ = ["collate", "collate_alike"]
-
 
 def collate(rows: Sequence[Example | Sequence[Example]], pad_token: int = 0) -> Batch:
     """Examples as one batch, padded on the right with `pad_token`.

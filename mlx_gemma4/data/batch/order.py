@@ -10,8 +10,6 @@ import numpy as np
 
 from ..example import Example, Examples
 
-__all__ = ["BatchOrder", "Rows", "bucket", "longest_bound", "pack", "padded_length"]
-
 Rows = list[list[int]]
 """The rows of a batch, each the indices of the examples in it."""
 

@@ -25,8 +25,6 @@ from .formats import row_of
 from .render import Rendering, render
 from .spans import MARKERS, TURN, Mark, Span
 
-__all__ = ["Chunk", "Encoder", "Task", "encode_chunk"]
-
 _CHECKPOINT = "use the tokenizer of the checkpoint"
 
 

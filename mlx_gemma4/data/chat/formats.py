@@ -22,8 +22,6 @@ from ..read.files import DataFile
 from ..read.records import Raw, located, record_of, row_error, without_nulls
 from .media import MEDIA, add_media, media_part
 
-__all__ = ["Row", "read_rows", "row_of"]
-
 Media = Callable[[dict], dict[str, str]]
 
 _DEEPEST = 50

@@ -9,8 +9,6 @@ from pathlib import Path
 
 from ..read.records import row_error
 
-__all__ = ["MEDIA", "add_media", "media_part"]
-
 MEDIA = {"image": "image", "image_url": "image", "audio": "audio", "audio_url": "audio"}
 """Types of parts, as files write them, and what we call them."""
 

@@ -19,8 +19,6 @@ from ..read.records import row_error
 from .formats import Row
 from .spans import MARKER, MARKERS, TURN, find_marks, model_turns, spans_of
 
-__all__ = ["Rendering", "render"]
-
 _ERRORS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 _THOUGHT = re.compile(r"<\|channel>.*?<channel\|>", re.DOTALL)
 _CALLED = re.compile(r"<\|tool_(call|response)>.*?<tool_\1\|>", re.DOTALL)

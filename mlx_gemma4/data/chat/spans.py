@@ -27,19 +27,6 @@ from ...errors import DataError
 from ...model.tokenizer import END_OF_TURN
 from ..read.records import row_error
 
-__all__ = [
-    "MARKER",
-    "MARKERS",
-    "TURN",
-    "Mark",
-    "Span",
-    "check_against_generation",
-    "check_against_row",
-    "find_marks",
-    "model_turns",
-    "spans_of",
-]
-
 TURN = "<|turn>"
 _CHANNEL, _CALL, _RESPONSE = "<|channel>", "<|tool_call>", "<|tool_response>"
 _CLOSERS = {_CHANNEL: "<channel|>", _CALL: "<tool_call|>", _RESPONSE: "<tool_response|>"}

@@ -16,8 +16,6 @@ from typing import IO
 from ...errors import DataError, listing
 from .records import Raw, csv_rows, json_values, lines, parquet_rows
 
-__all__ = ["SPLITS", "SPLIT_NAMES", "DataFile", "find_files", "hash_file"]
-
 SPLITS = ("train", "valid", "test")
 SPLIT_NAMES = {"train": "train", "test": "test"} | dict.fromkeys(
     ("valid", "validation", "val", "dev"), "valid"

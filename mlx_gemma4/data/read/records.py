@@ -17,9 +17,6 @@ from typing import IO, Any, NamedTuple, NoReturn
 
 from ...errors import DataError
 
-__all__ = ["Cells", "Raw", "csv_rows", "json_values", "lines", "located", "parquet_rows",
-           "record_of", "row_error", "without_nulls"]  # fmt: skip
-
 Raw = Any
 
 _MOST_BYTES = 8_000_000

@@ -16,8 +16,6 @@ from ...errors import ConfigError, DataError
 from .files import SPLIT_NAMES, DataFile, find_files, hash_file
 from .records import Raw, without_nulls
 
-__all__ = ["Input", "Source", "find_sources"]
-
 Input = Any
 """Paths or Hub ids, or a dict of their weights; or rows: dicts or a Dataset, or a dict by split."""
 

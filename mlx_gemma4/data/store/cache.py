@@ -19,8 +19,6 @@ from ...storage import cache_folder, new_folder
 from ..chat.encode import Task
 from ..example import Facts, Store
 
-__all__ = ["CODE", "cached", "open_store", "tokens_key", "write_store"]
-
 _DATA = Path(__file__).parent.parent
 _FACTS = "facts.json"
 _COLUMNS = ("lengths", "targets", "numbers", "digests")

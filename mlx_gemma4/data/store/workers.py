@@ -22,8 +22,6 @@ from ...errors import DataError
 from ..chat.encode import Chunk, Task, encode_chunk
 from ..example import Store
 
-__all__ = ["Workers"]
-
 
 class Workers(contextlib.AbstractContextManager):
     """Processes, by default one per core, that encode chunks; results come in their order."""

@@ -22,8 +22,6 @@ from ...config import LoraConfig
 from ...model.names import Module
 from ...model.plan import Plan
 
-__all__ = ["CONFIG", "Adapter", "Files", "Read", "Stored", "alpha_of"]
-
 CONFIG = "adapter_config.json"
 
 Files = tuple[dict[str, Any], dict[str, mx.array]]

@@ -22,8 +22,6 @@ from ...model.plan import Plan
 from ...storage import new_file
 from ..attach import LowRank, low_rank_updates, require_effect
 
-__all__ = ["USE", "write_gguf"]
-
 USE = """\
 ```bash
 hf download {repo} {file} --local-dir .

@@ -29,8 +29,6 @@ from ..attach import low_rank_updates
 from ..targets import adaptable_modules, keys_of, module_name, resolve_targets
 from .format import CONFIG, Adapter, Files, Read, Stored, alpha_of
 
-__all__ = ["MlxLm", "MlxLmLibrary", "config_of"]
-
 
 class MlxLmLibrary:
     """mlx_lm.load(base, adapter_path=adapter)."""

@@ -29,8 +29,6 @@ from ..targets import module_name
 from .format import CONFIG, Adapter, Files, Read, Stored
 from .mlx_lm import MlxLm, MlxLmLibrary
 
-__all__ = ["MlxVlm", "MlxVlmLegacy", "MlxVlmLibrary"]
-
 
 class MlxVlmLibrary(MlxLmLibrary):
     """mlx_vlm.load(base, adapter_path=adapter), without the processor."""

@@ -33,8 +33,6 @@ from .format import Adapter, Files, Read, Stored, alpha_of
 from .stacked import DOWN, GATE_UP, stack, stack_shapes, unstack
 from .transformers import PeftLibrary, architecture
 
-__all__ = ["Peft"]
-
 _BASE = "base_model.model."
 _CLASSES = ("model.language_model.", "model.")
 

@@ -18,8 +18,6 @@ import mlx.core as mx
 from ...model.names import EXPERTS, Module
 from ..attach import LowRank
 
-__all__ = ["DOWN", "GATE_UP", "stack", "stack_shapes", "unstack"]
-
 GATE_UP, DOWN = "experts.gate_up_proj", "experts.down_proj"
 _GATE, _UP, _DOWN = EXPERTS
 

@@ -16,8 +16,6 @@ import numpy as np
 
 from ...model.plan import Plan, read_config
 
-__all__ = ["PeftLibrary", "TransformersLibrary", "architecture"]
-
 
 def architecture(plan: Plan, causal: bool = False) -> str:
     """The class of transformers for a checkpoint, or for its language model alone."""
