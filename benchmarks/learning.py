@@ -1,4 +1,4 @@
-"""What is learned from the same rows in the same steps: our defaults, mlx-lm's choices, mlx_lm.lora.
+"""What is learned from the same rows: our defaults, mlx-lm's choices, mlx_lm.lora.
 
     python benchmarks/learning.py --seeds 5
 

@@ -16,11 +16,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
+from shapes import SHAPES
 from step_memory import build_model, grid, measured, name, plan_of
 
 from mlx_gemma4.memory.estimate import StepSettings, estimate
 from mlx_gemma4.model.plan import FULL, SLIDING, Plan
-from mlx_gemma4.model.tiny import SHAPES
 
 
 def member(

@@ -20,7 +20,7 @@ from mlx_gemma4.model.plan import FULL, SLIDING, Plan
 __all__ = ["MIDDLE", "build", "build_middle"]
 
 MIDDLE: dict[str, Any] = {
-    **tiny.SHAPES["e2b"],
+    **tiny.TEXT,
     "hidden_size": 256,
     "intermediate_size": 1024,
     "num_hidden_layers": 10,

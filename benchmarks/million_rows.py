@@ -57,7 +57,7 @@ def build(folder: Path, rows: int) -> None:
 def start(folder: Path) -> None:
     """What a run does before it trains: load the tokenizer, read the rows, count them."""
     from mlx_gemma4.data.dataset import read
-    from mlx_gemma4.model.text import text_side
+    from mlx_gemma4.model.tokenizer import text_side
 
     memory = Memory()
     began = time.perf_counter()

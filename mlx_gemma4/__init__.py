@@ -27,9 +27,8 @@ _HOMES = {
         "model.plan": "Plan",
         "nn.batch": "Batch StepOptions",
         "objectives": "Sums",
-        "train.callbacks": "Callback",
         "train.finetune": "finetune",
-        "train.run": "Run",
+        "train.run": "Callback Run",
         "train.step": "loss_and_grads",
         "train.trainer": "Trainer",
     }.items()
@@ -55,9 +54,8 @@ if TYPE_CHECKING:
     from .model.plan import Plan
     from .nn.batch import Batch, StepOptions
     from .objectives import Sums
-    from .train.callbacks import Callback
     from .train.finetune import finetune
-    from .train.run import Run
+    from .train.run import Callback, Run
     from .train.step import loss_and_grads
     from .train.trainer import Trainer
 

@@ -4,17 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable
-
-__all__ = [
-    "AdapterError",
-    "CapabilityError",
-    "ConfigError",
-    "DataError",
-    "ExportError",
-    "Gemma4Error",
-    "ModelError",
-    "TrainingError",
-]
+from functools import partial
 
 
 class Gemma4Error(Exception):
@@ -25,7 +15,7 @@ class Gemma4Error(Exception):
         self.found, self.wanted, self.do = found, wanted, do
 
     def __reduce__(self):
-        return _rebuild, (type(self), self.found, self.wanted, self.do)
+        return partial(type(self), self.found, wanted=self.wanted, do=self.do), ()
 
 
 class ConfigError(Gemma4Error):
@@ -54,10 +44,6 @@ class ExportError(Gemma4Error):
 
 class TrainingError(Gemma4Error):
     """A run that must not go on, such as a non-finite loss."""
-
-
-def _rebuild(kind: type[Gemma4Error], found: str, wanted: str, do: str) -> Gemma4Error:
-    return kind(found, wanted=wanted, do=do)
 
 
 def damaged(found: str, wanted: str, do: str = "download it again") -> ModelError:

@@ -30,7 +30,11 @@ def main(arguments: list[str] | None = None) -> None:
             Part(RunConfig, "what is read", only=("model", "data"), positional=("model",)),
             Part(FitConfig, "the answer"),
             Part(DataConfig, "data", only=("max_seq_length",)),
-            Part(TrainConfig, "training", only=_TRAINING),
+            Part(
+                TrainConfig,
+                "training",
+                only=("memory", "batch_size", "fine_tune_type", "attention"),
+            ),
             Part(LoraConfig, "LoRA", only=("rank", "targets", "num_layers", "use_dora")),
         ],
         arguments,
@@ -49,9 +53,6 @@ def main(arguments: list[str] | None = None) -> None:
         limit = data.max_seq_length if "max_seq_length" in given else rows[0]
         data = replace(data, max_seq_length=max(2, min(rows[0], limit)))
     answer(run, data, train, lora, fit, config, memory, rows)
-
-
-_TRAINING = ("memory", "batch_size", "fine_tune_type", "attention")
 
 
 def _longest(data: str) -> tuple[int, int]:

@@ -26,8 +26,6 @@ from .nn.forward import forward
 from .nn.head import logits
 from .storage import size
 
-__all__ = ["Gemma4", "load"]
-
 
 def load(
     path_or_hub_id: str | Path,
@@ -39,13 +37,12 @@ def load(
     """Load a Gemma 4 for training or generation.
 
     Args:
-        path_or_hub_id: a checkpoint folder, or a Hugging Face id.
-        adapter: an adapter folder in mlx-lm's layout, such as OUTPUT/adapter.
+        adapter: an adapter folder of any format, such as OUTPUT/adapter.
         encoders: build vision and audio encoders too, through mlx-vlm.
         towers: the old name of `encoders`, refused with a ConfigError.
 
     Returns:
-        The model, frozen (but for the adapter); `add_lora` or `train_all` says what trains.
+        The model, frozen but for the adapter; `add_lora` or `train_all` says what trains.
 
     Raises:
         ModelError: the checkpoint cannot be used as it is.
@@ -57,11 +54,7 @@ def load(
     3
     """
     if towers is not None:
-        raise ConfigError(
-            f"load was given towers={towers}",
-            wanted="encoders, which is its name now",
-            do=f"call load(..., encoders={towers})",
-        )
+        raise ConfigError("towers is given", wanted="encoders, its name now", do="rename it")
     folder = resolve(path_or_hub_id)
     Plan.from_config(read_config(folder))  # what is wrong shows before gigabytes are read
     tokenizer = load_tokenizer(folder)
@@ -85,7 +78,7 @@ class Gemma4:
     Attributes:
         name: the path or Hub id that it was loaded from.
         loaded: backbone, plan, PLE rows, and the loader's report.
-        tokenizer: the transformers tokenizer, with the chat template.
+        tokenizer: transformers' tokenizer, with the chat template.
         processor: mlx-vlm's processor where encoders were loaded.
         end_tokens: token ids on which an answer ends.
         lora: the settings of the LoRA layers on it, if any.
@@ -127,9 +120,7 @@ class Gemma4:
         """
         if self.lora is not None:
             raise AdapterError(
-                "the model carries LoRA layers already",
-                wanted="a model without",
-                do="load the model again, or train the adapter that is on it",
+                "the model carries LoRA layers already", wanted="one without", do="load it again"
             )
         self.backbone.freeze()
         attach_lora(self.backbone, resolve_targets(self.backbone, lora), lora)
@@ -144,11 +135,9 @@ class Gemma4:
         """
         text = text_model(self.backbone)
         if any("scales" in module for module in text.modules()):
-            raise ModelError(
-                "the model is quantized",
-                wanted="full precision: quantized weights have no gradient",
-                do="train LoRA, or load the original checkpoint",
-            )
+            wanted = "full precision: quantized weights have no gradient"
+            do = "train LoRA, or load the original checkpoint"
+            raise ModelError("the model is quantized", wanted=wanted, do=do)
         for module in text.modules():
             module.unfreeze(recurse=False)
             if buffers := [name for name in module if is_frozen_buffer(name)]:
@@ -179,17 +168,15 @@ class Gemma4:
         plan, loaded = self.plan, self.loaded
         nbytes = sum(value.nbytes for value in flat(self.backbone.parameters()).values())
         on_disk = f" + {size(loaded.ple_rows.nbytes)} PLE on disk" if loaded.ple_rows else ""
-        shared = ""
+        layers = str(len(plan.layers))
         if plan.num_shared:
             sources = ", ".join(map(str, sorted(plan.kv_sources)))
-            shared = f", the last {plan.num_shared} with K/V of layers {sources}"
-        counts = f" ({loaded.dropped} dead K/V tensors dropped)" if loaded.dropped else ""
-        lines = [
-            f"Gemma 4 {plan.member} ({plan.model_type}) from {self.name}",
-            f"  layers:  {len(plan.layers)}{shared}{counts}",
-            f"  memory:  {size(nbytes)}{on_disk}",
-            f"  gate:    {loaded.verdict}",
-        ]
+            layers += f", the last {plan.num_shared} with K/V of layers {sources}"
+        if loaded.dropped:
+            layers += f" ({loaded.dropped} dead K/V tensors dropped)"
+        lines = [f"Gemma 4 {plan.member} ({plan.model_type}) from {self.name}"]
+        lines += [f"  layers:  {layers}", f"  memory:  {size(nbytes)}{on_disk}"]
+        lines += [f"  gate:    {loaded.verdict}"]
         if loaded.left_out:
             lines.append(f"  encoders: {loaded.left_out} tensors left out (text only)")
         if self.lora:

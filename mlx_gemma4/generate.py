@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     run, answer, train = build([RunConfig, GenerateConfig, TrainConfig], values, "the flags")
     for flag, given in (("--model", run.model), ("--prompt", answer.prompt)):
-        if given is None:
+        if not given:
             wanted = "a model and a prompt"
             raise ConfigError(f"{flag} is not given", wanted=wanted, do=f"give {flag}")
 

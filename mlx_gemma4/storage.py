@@ -14,26 +14,13 @@ from typing import Any
 
 from .errors import ConfigError
 
-__all__ = [
-    "cache_folder",
-    "new_file",
-    "new_folder",
-    "parse_json",
-    "read_json",
-    "size",
-    "write_text",
-]
-
 
 @contextmanager
 def new_file(path: str | Path, *, sync: bool = False) -> Iterator[Path]:
     """A path to write to, which takes the place of `path` when the block is done.
 
     It lies beside `path` under a hidden name with the same suffix. After an error the old file is
-    as it was and the new one is gone.
-
-    Args:
-        sync: bring it to the disk before its name changes.
+    as it was and the new one is gone. With `sync` it is on the disk before its name changes.
     """
     path = Path(path)
     partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
@@ -75,10 +62,8 @@ def new_folder(folder: str | Path, *, sync: bool = False) -> Iterator[Path]:
     """A new folder to write into, which takes the place of `folder` when the block is done.
 
     It lies beside `folder` under a hidden name; a process that is killed leaves the old folder or
-    the new one. After an error the old folder is as it was and the new one is gone.
-
-    Args:
-        sync: bring its files to the disk before its name changes.
+    the new one. After an error the old folder is as it was and the new one is gone. With `sync` its
+    files are on the disk before its name changes.
 
     Raises:
         ConfigError: `folder` is a file, its parent cannot be written, or it is there already and

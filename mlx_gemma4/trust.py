@@ -13,8 +13,6 @@ from typing import Any
 from .errors import Gemma4Error, ModelError
 from .storage import read_json
 
-__all__ = ["require_harmless", "require_inside", "require_plain_name"]
-
 _CODE_KEYS = ("auto_map", "model_file", "custom_pipelines", "custom_generate")
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 # What trainers of torch leave beside an adapter; nothing here or in a proof reads it.
@@ -41,7 +39,7 @@ def require_harmless(folder: Path, kind: type[Gemma4Error] = ModelError) -> None
             raise kind(
                 f"{path} is a pickle, which can run code when it is read",
                 wanted="weights as safetensors",
-                do="remove the file, or take a folder without it",
+                do="save them so with the library that made them, and remove the file",
             )
         if suffix == ".json" and not path.name.endswith(_NO_CONFIG):
             for what in _code_named_by(path):

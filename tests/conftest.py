@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 from helpers import CHAT, TEXTS, as_others_load_it, write_rows
+from shapes import SHAPES, build_shape
 
 import mlx_gemma4 as g4
-from mlx_gemma4.model.tiny import SHAPES, build_tiny
 
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory) -> dict[str, Path]:
     """A small checkpoint of every family shape, by shape name."""
     root = tmp_path_factory.mktemp("checkpoints")
-    return {shape: build_tiny(root / shape, TEXTS, shape=shape, seed=1) for shape in SHAPES}
+    return {shape: build_shape(root / shape, TEXTS, shape, seed=1) for shape in SHAPES}
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,8 +12,11 @@ import mlx.core as mx
 import numpy as np
 
 import mlx_gemma4 as g4
-from mlx_gemma4.data.chat.encode import Chunk, Task, encode_chunk
-from mlx_gemma4.data.store.arrays import Examples, StoreWriter
+from mlx_gemma4.data.chat.encode import Chunk, Encoder, Task, encode_chunk
+from mlx_gemma4.data.chat.formats import Row
+from mlx_gemma4.data.chat.render import render
+from mlx_gemma4.data.example import Example, Examples
+from mlx_gemma4.data.read.records import located
 from mlx_gemma4.model.loader import build_backbone, load_backbone
 from mlx_gemma4.model.names import flat
 from mlx_gemma4.model.plan import Plan
@@ -146,6 +150,16 @@ def as_others_load_it(source: Path, folder: Path) -> Path:
     return folder
 
 
+def encode(row: Row, tokenizer, train_on: str, thinking: str = "keep", notes=None) -> Example:
+    """One row as an example, by the steps that `encode_chunk` takes for many."""
+    config = g4.DataConfig(train_on=train_on, thinking=thinking)
+    encoder = Encoder(Task(tokenizer, len(tokenizer), config))
+    with located(row.origin):
+        rendering = render(row, tokenizer, thinking, encoder.ends)
+        [tokens] = encoder.tokenize([rendering.text])
+        return encoder.example(rendering, tokens, Counter() if notes is None else notes)
+
+
 def encode_together(rows, tokenizer, train_on: str, thinking: str = "keep", on_bad_row="skip"):
     """(examples, facts) of rows that are tokenized in one call."""
     config = g4.DataConfig(train_on=train_on, thinking=thinking, on_bad_row=on_bad_row)
@@ -158,9 +172,7 @@ def encode_together(rows, tokenizer, train_on: str, thinking: str = "keep", on_b
     encoded = encode_chunk(
         Task(tokenizer, len(tokenizer), config), Chunk("rows[", None, list(enumerate(raw)))
     )
-    writer = StoreWriter()
-    writer.add(encoded)
-    return Examples([writer.finish("rows[")]), encoded.facts
+    return Examples([encoded]), encoded.facts
 
 
 def _as_written(turn: dict) -> dict:

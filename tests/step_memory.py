@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
+from shapes import SHAPES
 
 from mlx_gemma4.config import LoraConfig
 from mlx_gemma4.data.batch.collate import collate
@@ -24,7 +25,6 @@ from mlx_gemma4.model.capability import inspect_backbone
 from mlx_gemma4.model.loader import LoadedBackbone, build_backbone
 from mlx_gemma4.model.names import PLE_TABLE, flat, text_model
 from mlx_gemma4.model.plan import FULL, SLIDING, Plan
-from mlx_gemma4.model.tiny import SHAPES
 from mlx_gemma4.nn.batch import StepOptions
 from mlx_gemma4.train.step import CompiledStep, gradients, loss_and_grads, train_step
 
@@ -178,7 +178,9 @@ FAST = [
     setting("e2b", 1024, layers=3),
     setting("e2b", 512, remat_layers=3, layers=3, vocab_size=32768),
     setting("dense", 768, "plain", layers=2, compiled=False),
-    setting("dense", 3328, remat_layers=2, layers=2, compiled=False),
+    setting(
+        "dense", 1664, remat_layers=2, layers=2, batch_size=2, intermediate_size=768, compiled=False
+    ),
     setting("moe", 640, layers=3, compiled=False),
     setting("unified", 1024, longest=128, layers=3, compiled=False),
     setting("e4b", 1024, targets=0.3, layers=3, compiled=False),

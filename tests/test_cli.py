@@ -169,11 +169,13 @@ def test_a_run_from_flags_to_an_answer(tiny, rows, tmp_path, capsys):
     assert capsys.readouterr().out != adapted
 
 
-def test_without_an_output_folder_runs_are_numbered(tiny, rows, tmp_path, monkeypatch):
+def test_without_an_output_folder_runs_are_numbered(tiny, rows, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for number in (1, 2):
-        train.main(["--model", str(tiny), "--data", str(rows), "--iters", "1", "--lora-rank", "1"])
+    for number, more in ((1, []), (2, ["--fit", "1GB", "--batch-size", "2"])):
+        train.main(["--model", str(tiny), "--data", str(rows), "--iters", "1", *more])
         assert (tmp_path / "runs" / str(number) / "adapter" / "adapters.safetensors").exists()
+    told = capsys.readouterr().out
+    assert "--fit 1GB chooses --max-seq-length 2048 --batch-size 2 --grad-accumulation" in told
 
 
 def test_a_run_from_yaml_with_a_flag_over_it(tiny, rows, tmp_path):
@@ -397,10 +399,10 @@ def test_an_empty_dataset(tiny, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ({"question": "a"}, "train.jsonl:2 has the keys question"),
-        ({"messages": CHAT[0]["messages"][:1]}, "train.jsonl:2 has no target token"),
-        ("{", "train.jsonl:2 is not JSON"),
-        ({"messages": [{"role": "bot", "content": "a"}]}, "train.jsonl:2: turn 1 has role 'bot'"),
+        ({"question": "a"}, "train.jsonl:2: has the keys question"),
+        ({"messages": CHAT[0]["messages"][:1]}, "train.jsonl:2: has no target token"),
+        ("{", "train.jsonl:2: is not JSON"),
+        ({"messages": [{"role": "bot", "content": "a"}]}, "train.jsonl:2: turn 1: has role 'bot'"),
     ],
 )
 def test_a_bad_row(tiny, tmp_path, capsys, line, message):
@@ -410,7 +412,7 @@ def test_a_bad_row(tiny, tmp_path, capsys, line, message):
 def test_an_example_beyond_max_seq_length(tiny, tmp_path, capsys):
     data = bad_rows(tmp_path, {"text": "Open the file. " * 30})
     told = refused(capsys, tmp_path, tiny, data, "--overlong", "error")
-    assert "train.jsonl:2 has " in told
+    assert "train.jsonl:2: has " in told
     assert "at most max_seq_length, 96" in told
     assert "overlong" in told
 

@@ -11,6 +11,7 @@ import pytest
 
 from mlx_gemma4.config import (
     DataConfig,
+    FitConfig,
     LoraConfig,
     Part,
     RunConfig,
@@ -342,3 +343,12 @@ def test_yaml_that_is_no_mapping(tmp_path, text, kind):
 def test_yaml_keys_that_are_not_text_are_unknown(tmp_path):
     with pytest.raises(ConfigError, match="unknown key 1"):
         from_yaml(tmp_path, "1: 2\n")
+
+
+def test_a_number_of_few_choices_is_a_number_as_a_flag():
+    parser = argparse.ArgumentParser()
+    add_flags(parser, Part(FitConfig, "the answer"))
+    (config,) = build([FitConfig], vars(parser.parse_args(["--bits", "4"])), "flags")
+    assert config.bits == 4
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--bits", "5"])

@@ -6,11 +6,13 @@ import dataclasses
 import importlib.util
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import mlx_gemma4 as g4
 from mlx_gemma4.config import DataConfig, LoraConfig, RunConfig, TrainConfig, build, read_yaml
+from mlx_gemma4.data import stdlib
 from mlx_gemma4.train import embedded
 
 ROOT = Path(__file__).parent.parent
@@ -23,6 +25,8 @@ def default(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         cache = tmp_path_factory.mktemp("cache")
         patch.setattr(embedded, "_BASE", dataclasses.replace(embedded._BASE, iters=3))
+        modules = {"logging", "http", "inspect", "json", "doctest", "typing"}
+        patch.setattr(stdlib, "sys", SimpleNamespace(stdlib_module_names=modules))
         model, data = embedded.prepare(cache)
         for name, count in (("train", 300), ("valid", 10), ("test", 10)):
             path = data / f"{name}.jsonl"

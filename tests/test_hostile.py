@@ -429,7 +429,7 @@ class Table:
         shown = " ".join(message.replace(str(self.root), "").split())[:110]
         with self.capsys.disabled():
             print(f"{self.area:10} {name:34} {shown}") if self.verbose else None
-        bad = message.startswith(("ACCEPTED", "TRACEBACK")) or len(message) < 12
+        bad = message.startswith(("ACCEPTED", "TRACEBACK")) or len(message) < 8
         if bad or SECRET in message or any(self.root.rglob("RAN")):
             self.wrong.append(f"{name}: {shown}")
         if files_of(self.root) != before:

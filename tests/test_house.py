@@ -38,7 +38,6 @@ OF_THE_LIBRARIES = {"model", "lora"}
 
 LONG = {
     "train.finetune.finetune": "puts a run together, a line for each of its parts",
-    "memory.estimate": "one formula, a function for each of its terms",
 }
 """Files over 400 lines and functions over 60, `module` or `module.function`: why they are."""
 

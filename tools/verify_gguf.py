@@ -20,17 +20,20 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from shapes import SHAPES, build_shape
+
 import mlx_gemma4 as g4
 from mlx_gemma4.export.fuse import write_fused
 from mlx_gemma4.lora.formats.gguf import write_gguf
-from mlx_gemma4.model import tiny
 
 TOLERANCE = 5e-3
 TEXTS = ["Open the file, read a line, and close it again.\n", "A list holds values.\n"] * 30
 
 # llama.cpp takes the last two layers with K/V of their own, a sliding and then a full one, for the
 # sources of all others. So it is in the released models, and not in the smallest E4B.
-tiny.SHAPES["e4b"] = {**tiny.SHAPES["e4b"], "num_kv_shared_layers": 4}
+SHAPES["e4b"] = {**SHAPES["e4b"], "num_kv_shared_layers": 4}
 
 
 def main() -> None:
@@ -45,14 +48,14 @@ def main() -> None:
     print(f"{', '.join(versions)}; gaps are shares of the largest logit")
     print(f"{'':10}{'base':>10}{'adapter':>10}{'fused':>10}{'moved by':>10}")
     with tempfile.TemporaryDirectory() as folder:
-        worst = max(verify(shape, Path(folder), converter) for shape in tiny.SHAPES)
+        worst = max(verify(shape, Path(folder), converter) for shape in SHAPES)
     print(f"worst {worst:.1e}, tolerance {TOLERANCE:.0e}")
     sys.exit(worst > TOLERANCE)
 
 
 def verify(shape: str, folder: Path, converter: Path) -> float:
     """Compare one family shape; returns the worst of its gaps."""
-    base = tiny.build_tiny(folder / shape, TEXTS, shape=shape, seed=1)
+    base = build_shape(folder / shape, TEXTS, shape, seed=1)
     gemma = g4.load(base)
     tokens = np.random.default_rng(0).integers(3, gemma.plan.vocab_size, (1, 60))
     ours = {"base": gemma.logits(mx.array(tokens))}

@@ -1,9 +1,8 @@
 """The settings of runs and commands, each declared once (schema.py)."""
 
-from .commands import ExportConfig, FitConfig, GenerateConfig, ShowConfig
+from .commands import ExportConfig, FitConfig, GenerateConfig, RunConfig, ShowConfig
 from .data import DataConfig
 from .lora import LoraConfig
-from .run import RunConfig
 from .schema import Part, build, flatten, read_arguments, read_yaml
 from .train import TrainConfig
 

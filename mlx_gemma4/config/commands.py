@@ -1,4 +1,4 @@
-"""Settings that single commands have beside those of a run."""
+"""What a run reads and writes, and what single commands have beside that."""
 
 from __future__ import annotations
 
@@ -7,7 +7,30 @@ from typing import Literal
 
 from .schema import Settings, setting
 
-__all__ = ["ExportConfig", "FitConfig", "GenerateConfig", "ShowConfig"]
+
+@dataclass(frozen=True)
+class RunConfig(Settings):
+    """What a run reads and where it writes."""
+
+    model: str | None = setting(
+        None,
+        "a model folder or a Hugging Face id, such as google/gemma-4-E2B-it; "
+        "without it a small Gemma 4 that is built on this machine is trained",
+    )
+    data: str | None = setting(
+        None,
+        "a folder with train (valid, test) files, one file, or a Hub dataset; "
+        "several are mixed: chat.jsonl=2,code.parquet=0.5",
+    )
+    output: str | None = setting(
+        None, "folder for the adapter, checkpoints and metrics; default: runs/1, runs/2, ..."
+    )
+    fit: str | None = setting(
+        None,
+        "choose settings that fit a memory, such as 16GB: rematerialize, then batch_size, "
+        "then max_seq_length",
+    )
+    resume: bool = setting(False, "go on from the newest checkpoint in the output folder")
 
 
 @dataclass(frozen=True)
@@ -20,7 +43,7 @@ class GenerateConfig(Settings):
     max_tokens: int = setting(256, "the most tokens of an answer", at_least=1)
     temperature: float = setting(0.0, "0 takes the likeliest token each time", at_least=0.0)
     top_p: float = setting(
-        1.0, "sample among the likeliest tokens of this total probability", at_least=0.0
+        1.0, "sample among the likeliest tokens of this share", above=0.0, at_most=1.0
     )
 
 
@@ -33,13 +56,9 @@ class ExportConfig(Settings):
     )
     format: str = setting("mlx-lm", "which library the export is for")
     verify: bool = setting(True, "load the export in that library and compare logits")
-    push: str | None = setting(
-        None, "upload it to the Hugging Face Hub as USER/NAME, private by default"
-    )
+    push: str | None = setting(None, "upload it to the Hub as USER/NAME, private by default")
     public: bool = setting(False, "make the repository for everyone to see")
-    quantize: str | None = setting(
-        None, "fused: bits per weight, or base for the base's own; default: full precision"
-    )
+    quantize: str | None = setting(None, "fused: bits per weight, or base for the base's own")
     group_size: int = setting(64, "fused: weights that share a scale", at_least=1)
     floor: float = setting(0.5, "fused: the least cosine of a change that is kept")
     force: bool = setting(False, "fused: write it below the floor too")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from .schema import Settings, setting, wrong
-
-__all__ = ["DataConfig"]
 
 
 @dataclass(frozen=True)
@@ -35,16 +34,12 @@ class DataConfig(Settings):
     valid_fraction: float | None = setting(
         None, "share of the training rows to hold out, where there is no valid file", at_least=0.0
     )
-    columns: tuple[str, ...] = setting(
-        (), "names of the fields in your rows: prompt=question completion=answer"
+    columns: Mapping[str, str] | None = setting(
+        None, "names of columns: prompt=question completion=answer"
     )
     dataset_config: str | None = setting(None, "the configuration of a Hub dataset")
-    dataset_split: str | None = setting(
-        None, "the part of a Hub dataset to train on, such as train[:1000]"
-    )
-    media_anywhere: bool = setting(
-        False, "let rows name images and audio outside the folder of their file"
-    )
+    dataset_split: str | None = setting(None, "the part of a Hub dataset, such as train[:1000]")
+    media_anywhere: bool = setting(False, "let rows name files outside the folder of their own")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -6,10 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..errors import ConfigError
 from .schema import Settings, flatten, setting, wrong
-
-__all__ = ["LoraConfig"]
 
 
 @dataclass(frozen=True)
@@ -21,12 +18,8 @@ class LoraConfig(Settings):
     """
 
     rank: int = setting(8, "rank of the adapters", prefix="lora_", at_least=1)
-    alpha: float = setting(
-        16.0, "the update is scaled by alpha / rank", prefix="lora_", at_least=0.0
-    )
-    dropout: float = setting(
-        0.0, "share of an adapter's inputs dropped", prefix="lora_", at_least=0.0
-    )
+    alpha: float = setting(16.0, "scale the update by alpha / rank", prefix="lora_", above=0.0)
+    dropout: float = setting(0.0, "share of its inputs dropped", prefix="lora_", at_least=0.0)
     targets: tuple[str, ...] = setting(
         ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
         "modules to adapt: short names, paths within a layer, or `experts`",
@@ -38,17 +31,14 @@ class LoraConfig(Settings):
     rank_pattern: Mapping[str, int] | None = setting(
         None, "ranks of single modules, in the words of lora_targets: down_proj=4"
     )
-    alpha_pattern: Mapping[str, float] | None = setting(
-        None, "alphas of single modules: q_proj=32 layers.0.mlp.up_proj=8"
-    )
+    alpha_pattern: Mapping[str, float] | None = setting(None, "alphas of single modules: q_proj=32")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for key, least in (("rank_pattern", 1), ("alpha_pattern", 0)):
             for name, value in (getattr(self, key) or {}).items():
                 if not least <= value < math.inf:
-                    found = f"{key} gives {name} {value}"
-                    raise ConfigError(found, wanted=f"{least} or more", do=f"change {key}")
+                    raise wrong(f"{key}.{name}", value, f"{least} or more")
         if not self.dropout < 1:
             raise wrong("lora_dropout", self.dropout, "below 1")
         if self.num_layers == 0:

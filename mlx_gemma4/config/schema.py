@@ -21,28 +21,24 @@ from typing import Any, Literal, NamedTuple
 
 from ..errors import ConfigError
 
-__all__ = [
-    "Part",
-    "Settings",
-    "build",
-    "flatten",
-    "read_arguments",
-    "read_yaml",
-    "setting",
-    "wrong",
-]
 
-
-def setting(default: Any, help: str, *, prefix: str = "", at_least: float | None = None) -> Any:
-    """A field of `Settings`.
+def setting(
+    default: Any,
+    help: str,
+    *,
+    prefix: str = "",
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float = math.inf,
+) -> Any:
+    """A field of `Settings`, with its line for --help.
 
     Args:
-        default: None where there is none.
-        help: one line for --help.
         prefix: stands before the name outside Python: `rank` is `lora_rank`.
-        at_least: the smallest value of a number.
+        at_least, above, at_most: bounds of a number, the second one exclusive.
     """
-    return field(default=default, metadata={"help": help, "prefix": prefix, "at_least": at_least})
+    bounds = {"at_least": at_least, "above": above, "at_most": at_most}
+    return field(default=default, metadata={"help": help, "prefix": prefix, **bounds})
 
 
 @dataclass(frozen=True)
@@ -53,9 +49,13 @@ class Settings:
         hints = typing.get_type_hints(type(self))
         for item in dataclasses.fields(self):
             value = _coerce(getattr(self, item.name), hints[item.name], _key(item))
-            lower = item.metadata["at_least"]
-            if lower is not None and value is not None and not lower <= value < math.inf:
-                raise wrong(_key(item), value, f"{lower} or more")
+            least, above, most = (item.metadata[key] for key in ("at_least", "above", "at_most"))
+            if value is not None and (least is not None or above is not None):
+                enough = value >= least if above is None else value > above
+                if not enough or not value <= most or value == math.inf:
+                    wanted = f"{least} or more" if above is None else f"above {above}"
+                    limit = f", at most {most}" if most < math.inf else ""
+                    raise wrong(_key(item), value, wanted + limit)
             object.__setattr__(self, item.name, value)
 
 
@@ -74,79 +74,64 @@ def _coerce(value: Any, kind: Any, key: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in options:
             return None
-        kinds = [kind for kind in options if kind is not type(None)]
-        fitting = type(value) if type(value) in kinds else kinds[0]
-        return _coerce(value, fitting, key)
+        return _coerce(value, type(value) if type(value) in options else options[0], key)
     if origin is Literal:
         if value in options:
             return value
         wanted = "one of " + ", ".join(map(str, options))
-    elif origin is tuple:
+    elif origin in (tuple, Mapping):
         if isinstance(value, str):
             value = value.replace(",", " ").split()
-        if isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):
+        is_list = isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value)
+        if origin is tuple and is_list:
             return tuple(value)
-        wanted = "a list of names"
-    elif origin is Mapping:
-        if isinstance(value, (list, tuple)) and all("=" in str(pair) for pair in value):
-            value = {name: _number(text) for name, _, text in (p.rpartition("=") for p in value)}
-        if isinstance(value, Mapping) and all(isinstance(name, str) for name in value):
+        if origin is Mapping and is_list and all("=" in pair for pair in value):
+            value = dict(pair.split("=", 1) for pair in value)
+            if options[1] is int:  # a float takes its text below, and wrong text its message
+                value = {name: int(v) if v.isdecimal() else v for name, v in value.items()}
+        is_map = isinstance(value, Mapping) and all(isinstance(name, str) for name in value)
+        if origin is Mapping and is_map:
             return {name: _coerce(v, options[1], f"{key}.{name}") for name, v in value.items()}
-        wanted = "names with numbers, such as q_proj=16 down_proj=4"
-    elif kind in (bool, int):
+        wanted = "a list of names" if origin is tuple else "pairs, such as name=value"
+    elif kind is float:
+        if not isinstance(value, bool):
+            with contextlib.suppress(TypeError, ValueError):
+                return float(value)
+        wanted = "a number"
+    else:
+        if isinstance(value, Path):
+            value = str(value)
         if type(value) is kind:
             return value
-        wanted = "true or false" if kind is bool else "a whole number"
-    elif kind is float:
-        wanted = "a number"
-        if not isinstance(value, bool):
-            try:
-                return float(value)
-            except (TypeError, ValueError):
-                pass
-    elif isinstance(value, (str, Path)):
-        return str(value)
-    else:
-        wanted = "text"
+        wanted = {bool: "true or false", int: "a whole number", str: "text"}[kind]
     raise wrong(key, repr(value), wanted)
-
-
-def _number(text: str) -> int | float | str:
-    """A flag's number; what is none stays text, for the message."""
-    for kind in (int, float):
-        with contextlib.suppress(ValueError):
-            return kind(text)
-    return text
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The settings in a YAML file, as a flat mapping of keys to values."""
     import yaml
 
-    lines = "lines of `key: value`"
+    wanted, do = "lines of `key: value`", "mend the file"
     try:
         content = yaml.safe_load(Path(path).read_text())
     except (OSError, UnicodeDecodeError) as error:
         found = f"cannot read {path}: {error}"
-        raise ConfigError(found, wanted="a YAML file", do="check the path") from error
+        raise ConfigError(found, wanted=wanted, do="check the path") from None
     except yaml.YAMLError as error:
-        raise ConfigError(
-            f"{path} is not YAML: {error}", wanted=lines, do="mend the file"
-        ) from error
+        raise ConfigError(f"{path} is not YAML: {error}", wanted=wanted, do=do) from None
     if not isinstance(content, dict | None):
         found = f"{path} holds a {type(content).__name__}"
-        raise ConfigError(found, wanted=lines, do="mend the file")
+        raise ConfigError(found, wanted=wanted, do=do)
     return content or {}
 
 
 def build(
     groups: Sequence[type[Settings]], values: Mapping[str, Any], source: str
 ) -> tuple[Any, ...]:
-    """An instance of every group from one flat mapping; an unknown key is an error.
+    """An instance of every group from one flat mapping, with keys as in YAML.
 
-    Args:
-        values: keys as in YAML.
-        source: where the values come from, for the message.
+    Raises:
+        ConfigError: an unknown key, which the message says is in `source`, or a wrong value.
     """
     keys = [{_key(item): item.name for item in dataclasses.fields(group)} for group in groups]
     known = sorted(set().union(*keys))
@@ -166,20 +151,18 @@ def build(
 
 def flatten(*settings: Settings) -> dict[str, Any]:
     """The settings as one flat mapping, the way a YAML file holds them."""
-    pairs = {
-        _key(item): getattr(group, item.name)
-        for group in settings
-        for item in dataclasses.fields(group)
-    }
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in pairs.items()}
+    flat = {}
+    for group in settings:
+        for item in dataclasses.fields(group):
+            value = getattr(group, item.name)
+            flat[_key(item)] = list(value) if isinstance(value, tuple) else value
+    return flat
 
 
 class Part(NamedTuple):
-    """Settings of a command: those of a group, or only some of its fields.
+    """Settings of a command: those of a group, under a title in --help.
 
     Attributes:
-        group: a dataclass of settings.
-        title: over its flags in --help.
         only: names of fields; empty for all.
         positional: names of fields that are given without a flag.
         help: help of its own for single fields, where the command means something else by them.
@@ -201,10 +184,9 @@ def read_arguments(
     usage: str | None = None,
     yaml_groups: Sequence[type[Settings]] = (),
 ) -> dict[str, Any]:
-    """What was given on a command line, by key; `build` makes settings of it.
+    """What was given on the command line of `python -m NAME`, by key; `build` makes settings of it.
 
     Args:
-        name: of the module that `python -m` runs.
         arguments: the command line's words; None is sys.argv's.
         usage: for --help, after `python -m NAME`.
         yaml_groups: settings that a file named with --config may hold; empty for no such flag.
@@ -239,19 +221,19 @@ def _add_flags(parser: argparse.ArgumentParser, part: Part) -> None:
         if part.only and item.name not in part.only:
             continue
         kind, key = hints[item.name], _key(item)
+        if typing.get_origin(kind) in (typing.Union, types.UnionType):
+            kind = typing.get_args(kind)[0]  # the others are None, or words for a number
+        origin, choices = typing.get_origin(kind), typing.get_args(kind)
         options: dict[str, Any] = {"default": argparse.SUPPRESS}
         options["help"] = part.help.get(item.name, item.metadata["help"]) + _shown(item.default)
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
-        elif typing.get_origin(kind) is Literal:
-            options["choices"] = typing.get_args(kind)
-        elif typing.get_origin(kind) is tuple:
-            options.update(nargs="+", metavar="NAME")
-        elif any(typing.get_origin(k) is Mapping for k in typing.get_args(kind)):
-            options.update(nargs="+", metavar="NAME=N")
+        elif origin is Literal:
+            options.update(choices=choices, type=type(choices[0]))
+        elif origin in (tuple, Mapping):
+            options.update(nargs="+", metavar="NAME" if origin is tuple else "NAME=VALUE")
         else:
-            inner = next((k for k in typing.get_args(kind) if k is not type(None)), kind)
-            options.update(type=inner, metavar={int: "N", float: "X"}.get(inner, "TEXT"))
+            options.update(type=kind, metavar={int: "N", float: "X"}.get(kind, "TEXT"))
         if item.name in part.positional:
             section.add_argument(key, **options | {"metavar": key.upper()})
         else:
@@ -259,8 +241,8 @@ def _add_flags(parser: argparse.ArgumentParser, part: Part) -> None:
 
 
 def _shown(default: Any) -> str:
-    if default is None:
-        return ""
     if isinstance(default, bool):
         default = "yes" if default else "no"
-    return f" (default: {' '.join(default) if isinstance(default, tuple) else default})"
+    if isinstance(default, tuple):
+        default = " ".join(default)
+    return "" if default is None else f" (default: {default})"

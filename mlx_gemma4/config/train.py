@@ -8,8 +8,6 @@ from typing import Literal
 from ..errors import ConfigError
 from .schema import Settings, setting, wrong
 
-__all__ = ["TrainConfig"]
-
 
 @dataclass(frozen=True)
 class TrainConfig(Settings):
@@ -19,9 +17,7 @@ class TrainConfig(Settings):
         "lora", "train LoRA adapters, or every weight of the language model"
     )
     iters: int | None = setting(None, "optimizer steps; default: one epoch", at_least=1)
-    epochs: float | None = setting(
-        None, "passes over the training examples, instead of iters", at_least=0.0
-    )
+    epochs: float | None = setting(None, "passes over the data, instead of iters", at_least=0.0)
     packing: bool = setting(
         True,
         "put several examples into a row of max_seq_length tokens; none sees another. "
@@ -40,42 +36,29 @@ class TrainConfig(Settings):
     )
     min_learning_rate: float = setting(0.0, "where a linear or cosine schedule ends", at_least=0.0)
     warmup_steps: int = setting(0, "steps over which the learning rate rises first", at_least=0)
-    weight_decay: float = setting(
-        0.0, "of matrices; norms, biases and other vectors do not decay", at_least=0.0
-    )
-    max_grad_norm: float | None = setting(
-        None, "clip gradients to this global norm; default: no clipping", at_least=0.0
-    )
+    weight_decay: float = setting(0.0, "of matrices; norms and biases do not decay", at_least=0.0)
+    max_grad_norm: float | None = setting(None, "clip gradients to this global norm", at_least=0.0)
     rematerialize: str | int = setting(
         "auto",
         "gradient checkpointing: how many layers, from the first, keep only their input and run "
         "again in the backward pass; none, all, a number, or auto: as many as the memory asks for",
     )
-    memory: str | None = setting(
-        None, "what the run may take, such as 16GB; default: what this machine has"
-    )
+    memory: str | None = setting(None, "what the run may take, such as 16GB; default: all there is")
     attention: Literal["auto", "plain", "blockwise"] = setting(
         "auto", "form all attention scores at once, or block by block; the values are the same"
     )
     seed: int = setting(0, "the order of examples, LoRA's start and dropout", at_least=0)
     report_every: int = setting(10, "steps between lines in metrics.jsonl", at_least=1)
     eval_every: int = setting(200, "steps between evaluations on valid.jsonl", at_least=1)
-    val_batches: int | None = setting(
-        None, "batches of an evaluation; default: all of valid.jsonl", at_least=1
-    )
+    val_batches: int | None = setting(None, "batches of an evaluation; default: all", at_least=1)
     save_every: int = setting(100, "steps between checkpoints", at_least=1)
-    keep_checkpoints: int = setting(
-        2, "newest checkpoints to keep, beside the best by validation loss", at_least=1
-    )
+    keep_checkpoints: int = setting(2, "newest checkpoints to keep, beside the best", at_least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.iters is not None and self.epochs is not None:
-            raise ConfigError(
-                f"iters is {self.iters} and epochs is {self.epochs}",
-                wanted="one of them",
-                do="leave out iters or epochs",
-            )
+            found = f"iters is {self.iters} and epochs is {self.epochs}"
+            raise ConfigError(found, wanted="one of them", do="leave out iters or epochs")
         if self.weight_decay and self.optimizer == "adam":
             raise ConfigError(
                 f"weight_decay is {self.weight_decay} and optimizer is adam",
@@ -89,8 +72,4 @@ class TrainConfig(Settings):
         word = "all" if self.rematerialize == "layer" else str(self.rematerialize)
         object.__setattr__(self, "rematerialize", word)
         if word not in ("none", "all", "auto") and not word.isdecimal():
-            raise ConfigError(
-                f"rematerialize is {word!r}",
-                wanted="none, all, auto or a number of layers",
-                do="change rematerialize",
-            )
+            raise wrong("rematerialize", repr(word), "none, all, auto or a number of layers")

@@ -1,1 +1,1 @@
-"""Files -> raw rows (read/) -> examples (chat/, store/) -> batches (batch/); a look (inspect/)."""
+"""Files -> raw rows (read/) -> examples (chat/, store/) -> batches (batch/); a look (inspect)."""

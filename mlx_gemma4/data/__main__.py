@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from typing import Any
 
 from ..config import (
     DataConfig,
@@ -24,25 +23,41 @@ from ..config import (
     read_arguments,
 )
 from ..errors import ConfigError, run_command
-from ..model.text import text_side
+from ..model.tokenizer import text_side
 from ..storage import write_text
 
 _SHOWN = 20  # examples of each split on the page, at least
 
 
 def main(arguments: list[str] | None = None) -> None:
-    run, config, train, look = _settings(arguments)
+    of_a_run = [RunConfig, DataConfig, TrainConfig, LoraConfig]
+    parts = [
+        Part(RunConfig, "what is read", only=("model", "data")),
+        Part(ShowConfig, "what is shown"),
+        Part(DataConfig, "data"),
+        Part(TrainConfig, "batches", only=("batch_size", "packing")),
+    ]
+    usage = "--model MODEL --data DATA [--show N] [settings]"
+    values = read_arguments(
+        "mlx_gemma4.data", __doc__, parts, arguments, usage=usage, yaml_groups=of_a_run
+    )
+    run, config, train, _, look = build([*of_a_run, ShowConfig], values, "the flags")
+    if run.model is None or run.data is None:
+        found = f"--model is {run.model} and --data is {run.data}"
+        wanted = "a model, for its tokenizer and template, and data"
+        raise ConfigError(found, wanted=wanted, do="give both")
 
     from .dataset import read
-    from .inspect.report import report
-    from .inspect.show import page
+    from .inspect import page, report
 
     data = read(run.data, text_side(run.model), config)
     figures = data.stats(train.batch_size, train.packing)
     if look.html:
-        count = max(look.show, _SHOWN)
-        lengths = {split: part["examples"] for split, part in figures["splits"].items()}
-        shown = [data.show(i, split) for split, n in lengths.items() for i in range(min(count, n))]
+        shown = [
+            data.show(index, split)
+            for split, part in figures["splits"].items()
+            for index in range(min(max(look.show, _SHOWN), part["examples"]))
+        ]
         try:
             write_text(look.html, page(figures, shown))
         except OSError as error:
@@ -55,31 +70,6 @@ def main(arguments: list[str] | None = None) -> None:
     print(report(figures))
     for index in range(min(look.show, len(data))):
         print("\n" + data.show(index).text(colour=colour))
-
-
-def _settings(arguments: list[str] | None) -> tuple[Any, ...]:
-    of_a_run = [RunConfig, DataConfig, TrainConfig, LoraConfig]
-    values = read_arguments(
-        "mlx_gemma4.data",
-        __doc__,
-        [
-            Part(RunConfig, "what is read", only=("model", "data")),
-            Part(ShowConfig, "what is shown"),
-            Part(DataConfig, "data"),
-            Part(TrainConfig, "batches", only=("batch_size", "packing")),
-        ],
-        arguments,
-        usage="--model MODEL --data DATA [--show N] [settings]",
-        yaml_groups=of_a_run,
-    )
-    run, data, train, _, look = build([*of_a_run, ShowConfig], values, "the flags")
-    if run.model is None or run.data is None:
-        raise ConfigError(
-            f"--model is {run.model} and --data is {run.data}",
-            wanted="a model, for its tokenizer and template, and data",
-            do="give both",
-        )
-    return run, data, train, look
 
 
 if __name__ == "__main__":

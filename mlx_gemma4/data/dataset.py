@@ -2,54 +2,40 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Protocol, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
 from ..config import DataConfig
 from ..errors import ConfigError, DataError
-from ..model.plan import Plan
+from ..model.tokenizer import TextSide
 from .batch.order import BatchOrder
 from .chat.encode import Chunk, Task, encode_chunk
-from .chat.formats import column_map
-from .example import Encoded, Example, Facts
-from .inspect.report import counts, stats, summary
-from .inspect.show import Shown
+from .example import Example, Examples, Facts, Store
+from .inspect import Shown, of_epoch, of_splits, summary
 from .read.files import SPLITS
 from .read.sources import Input, Source, find_sources
-from .store.arrays import Examples, Store, StoreWriter
-from .store.cache import cached, tokens_key
+from .store.cache import cached, open_store, tokens_key, write_store
 from .store.workers import Workers
 
-__all__ = ["Dataset", "read"]
+if TYPE_CHECKING:
+    from ..gemma import Gemma4
 
 SMALL = 8_000_000
 """Files up to this many bytes are read anew every time, in this process."""
 
-_MANY_ROWS = 20_000
-"""More rows in memory than this are worth starting worker processes."""
-
+_MANY_ROWS = 20_000  # in memory: more are worth starting worker processes
 _CHUNK_ROWS, _CHUNK_BYTES = 1000, 1 << 20
-
-
-class ReadsText(Protocol):
-    """What `read` needs of a model: a loaded Gemma4 has it, and so has `model.text.TextSide`."""
-
-    @property
-    def plan(self) -> Plan: ...
-    @property
-    def tokenizer(self) -> Any: ...
+_BAR: dict[str, Any] = {"unit_scale": True, "disable": None, "leave": False}
 
 
 @dataclass(repr=False)
-class Dataset:
+class Dataset(Sequence[Example]):
     """Examples by split; indexing and length are those of `train`.
 
     Attributes:
@@ -79,9 +65,6 @@ class Dataset:
     def __getitem__(self, index):
         return self.train[index]
 
-    def __iter__(self) -> Iterator[Example]:
-        return iter(self.train)
-
     def show(self, index: int = 0, split: str = "train") -> Shown:
         """An example to look at: targets are marked, special tokens are visible.
 
@@ -103,21 +86,18 @@ class Dataset:
 
         `batch_size` and `packing`, as in TrainConfig, decide padding and steps an epoch.
         """
-        splits = self._splits()
-        order = BatchOrder.of(splits["train"], self.config.max_seq_length, batch_size, packing)
-        return stats(self._counts(), splits, order)
+        order = BatchOrder.of(self.train, self.config.max_seq_length, batch_size, packing)
+        return self._figures() | {"epoch": of_epoch(order)}
 
     def __repr__(self) -> str:
-        return summary(self._counts())
+        return summary(self._figures())
 
-    def _splits(self) -> dict[str, Examples]:
-        return {name: Examples.of(getattr(self, name)) for name in SPLITS}
-
-    def _counts(self) -> dict[str, Any]:
-        return counts(self.source, self.formats, self.config, self.facts, self._splits())
+    def _figures(self) -> dict[str, Any]:
+        splits = {name: Examples.of(getattr(self, name)) for name in SPLITS}
+        return of_splits(self.source, self.formats, self.config, self.facts, splits)
 
 
-def read(source: Input, gemma: ReadsText, config: DataConfig = DataConfig()) -> Dataset:
+def read(source: Input, gemma: Gemma4 | TextSide, config: DataConfig = DataConfig()) -> Dataset:
     """Read rows and turn them into examples for a model.
 
     Args:
@@ -140,20 +120,19 @@ def read(source: Input, gemma: ReadsText, config: DataConfig = DataConfig()) -> 
     """
     limit = gemma.plan.max_positions
     if config.max_seq_length > limit:
-        raise DataError(
-            f"max_seq_length is {config.max_seq_length}",
-            wanted=f"at most {limit}, the model's max_position_embeddings",
-            do="lower max_seq_length",
-        )
-    column_map(config.columns)  # refuses what is no map before anything is read
+        told = f"max_seq_length is {config.max_seq_length}"
+        wanted = f"at most {limit}, the model's max_position_embeddings"
+        raise DataError(told, wanted=wanted, do="lower max_seq_length")
     weights, found = find_sources(source, config)
     everything = [part for splits in found for parts in splits.values() for part in parts]
     task = Task(gemma.tokenizer, gemma.plan.vocab_size, config)
-    small = sum(part.size for part in everything) <= SMALL
-    with contextlib.ExitStack() as stack:
-        reader = _Reader(task, stack, use_cache=not small)
+    key = tokens_key(task) if sum(part.size for part in everything) > SMALL else None
+    with Workers(task) as workers:
         stores = [
-            {split: [reader.store(part) for part in parts] for split, parts in splits.items()}
+            {
+                split: [store for part in parts for store in _stores(part, task, workers, key)]
+                for split, parts in splits.items()
+            }
             for splits in found
         ]
     train, valid, test = (
@@ -169,62 +148,42 @@ def read(source: Input, gemma: ReadsText, config: DataConfig = DataConfig()) -> 
     sizes = [sum(map(len, splits["train"])) for splits in stores]
     train = _weighted(train, sizes, list(weights.values()))
     if not train:
-        raise DataError(
-            f"{name} leaves no example to train on",
-            wanted="at least one",
-            do="raise the weights, or lower valid_fraction",
-        )
+        do = "raise the weights, or lower valid_fraction"
+        raise DataError(f"{name} leaves no example to train on", wanted="at least one", do=do)
     formats = Counter(part.label for part in everything)
     return Dataset(name, config, train, valid, test, formats, facts, gemma.tokenizer)
 
 
-class _Reader:
-    """Makes the stores of a call of `read`, through the cache or in memory."""
+def _stores(source: Source, task: Task, workers: Workers, key: str | None) -> list[Store]:
+    """The examples of a source; with the key of all that its tokens depend on, from the cache."""
+    fingerprint = source.fingerprint() if key else None
+    if fingerprint or (source.count or 0) > _MANY_ROWS:
+        encoded = _by_workers(source, workers)
+    else:
+        encoded = (encode_chunk(task, chunk) for chunk in _chunks(source))
+    stores = _require_any(encoded, source)
+    if not fingerprint:
+        return list(stores)
+    made_of = json.dumps((key, source.place, source.label, fingerprint))
+    entry = hashlib.sha256(made_of.encode()).hexdigest()[:32]
+    folder = cached(entry, lambda folder: write_store(stores, folder))
+    return [open_store(folder, source.place)]
 
-    def __init__(self, task: Task, stack: contextlib.ExitStack, *, use_cache: bool):
-        self._task, self._stack = task, stack
-        self._workers: Workers | None = None
-        self._key = tokens_key(task) if use_cache else None
 
-    def store(self, source: Source) -> Store:
-        """The examples of one file or split."""
-        fingerprint = source.fingerprint() if self._key else None
-        if fingerprint is None:
-            if (source.count or 0) > _MANY_ROWS:
-                return _filled(StoreWriter(), source, self._by_workers(source))
-            encoded = (encode_chunk(self._task, chunk) for chunk in _chunks(source))
-            return _filled(StoreWriter(), source, encoded)
-        parts = (self._key, source.place, source.label, fingerprint)
-        key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+def _by_workers(source: Source, workers: Workers) -> Iterator[Store]:
+    from tqdm import tqdm
 
-        def build(folder: Path) -> None:
-            _filled(StoreWriter(folder), source, self._by_workers(source))
+    by_bytes = source.label == "jsonl"
+    total, unit = (source.size, "B") if by_bytes else (source.count, " rows")
+    name = _name_of(source).rsplit("/", 1)[-1]
+    with tqdm(desc=f"tokenizing {name}", total=total, unit=unit, **_BAR) as bar:
 
-        return Store.open(cached(key, build), source.place)
+        def told() -> Iterator[Chunk]:
+            for chunk in _chunks(source):
+                yield chunk
+                bar.update(sum(len(raw) if by_bytes else 1 for _, raw in chunk.rows))
 
-    def _by_workers(self, source: Source) -> Iterator[Encoded]:
-        from tqdm import tqdm
-
-        if self._workers is None:
-            self._workers = Workers(self._task)
-            self._stack.push(self._workers)
-        by_bytes = source.label == "jsonl"
-        with tqdm(
-            desc=f"tokenizing {_name_of(source).rsplit('/', 1)[-1]}",
-            total=source.size if by_bytes else source.count,
-            unit="B" if by_bytes else " rows",
-            unit_scale=True,
-            disable=None,
-            dynamic_ncols=True,
-            leave=False,
-        ) as bar:
-
-            def told() -> Iterator[Chunk]:
-                for chunk in _chunks(source):
-                    yield chunk
-                    bar.update(sum(len(raw) if by_bytes else 1 for _, raw in chunk.rows))
-
-            yield from self._workers.encode(told())
+        yield from workers.encode(told())
 
 
 def _chunks(source: Source) -> Iterator[Chunk]:
@@ -240,21 +199,19 @@ def _chunks(source: Source) -> Iterator[Chunk]:
         yield Chunk(source.place, source.folder, rows)
 
 
-def _filled(writer: StoreWriter, source: Source, encoded: Iterable[Encoded]) -> Store:
-    count = 0
-    for part in encoded:
-        writer.add(part)
-        count += len(part.lengths)
+def _require_any(stores: Iterable[Store], source: Source) -> Iterator[Store]:
+    """The stores, and after the last of them an error if there was no example."""
+    count, facts = 0, Facts()
+    for store in stores:
+        count += len(store)
+        facts.add(store.facts)
+        yield store
     if not count:
-        facts = writer.facts
-        lost = {"were too long": facts.skipped, "cannot be used": facts.bad}
-        why = ", ".join(f"{count} {what}" for what, count in lost.items() if count)
-        raise DataError(
-            f"{_name_of(source)} holds no example" + (f" ({why})" if why else ""),
-            wanted="at least one row",
-            do="fill the file" + ", or raise max_seq_length" * (facts.skipped > 0),
-        )
-    return writer.finish(source.place)
+        found, do = f"{_name_of(source)} holds no example", "fill the file"
+        if facts.skipped or facts.bad:
+            found += f" ({facts.skipped} were too long, {facts.bad} cannot be used)"
+            do = "mend the rows, or raise max_seq_length"
+        raise DataError(found, wanted="at least one row", do=do)
 
 
 def _name_of(source: Source) -> str:
@@ -267,21 +224,17 @@ def _without_validation(
 ) -> tuple[Examples, Examples]:
     """(train, valid): a share of the rows, chosen by content, so that equal rows go together."""
     if valid:
-        raise ConfigError(
-            f"valid_fraction is {fraction}, and {source} has valid rows of its own",
-            wanted="one of them",
-            do="leave out valid_fraction, or remove the valid file",
-        )
+        found = f"valid_fraction is {fraction}, and {source} has valid rows of its own"
+        do = "leave out valid_fraction, or remove the valid file"
+        raise ConfigError(found, wanted="one of them", do=do)
     kinds = np.unique(train.digests)
     if len(kinds) < 2:
-        raise DataError(
-            f"{source} has {len(kinds)} different rows",
-            wanted="two or more, to set some apart for validation",
-            do="add rows, or leave out valid_fraction",
-        )
+        found, wanted = f"{source} has {len(kinds)} different rows", "two or more, to split them"
+        raise DataError(found, wanted=wanted, do="add rows, or leave out valid_fraction")
     count = min(max(round(len(kinds) * fraction), 1), len(kinds) - 1)
     is_valid = train.digests <= kinds[count - 1]
-    return train.picked(train.order[~is_valid]), train.picked(train.order[is_valid])
+    rest, chosen = train.order[~is_valid], train.order[is_valid]
+    return Examples(train.stores, rest), Examples(train.stores, chosen)
 
 
 def _weighted(train: Examples, sizes: Sequence[int], weights: Sequence[float]) -> Examples:
@@ -295,4 +248,4 @@ def _weighted(train: Examples, sizes: Sequence[int], weights: Sequence[float]) -
         whole, part = divmod(weight, 1)
         drawn = np.random.default_rng([0, len(own)]).permutation(len(own))
         order += [own] * int(whole) + [own[np.sort(drawn[: round(part * len(own))])]]
-    return train.picked(np.concatenate(order))
+    return Examples(train.stores, np.concatenate(order))

@@ -15,8 +15,6 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["docstrings", "write_chat_rows"]
-
 _LONGEST = 240
 
 

@@ -18,16 +18,17 @@ import numpy as np
 
 from ..errors import AdapterError, ConfigError, ExportError, listing
 from ..gemma import Gemma4
+from ..lora.attach import require_effect
 from ..lora.formats import ADAPTERS, Adapter, Format
 from ..lora.formats.format import CONFIG
-from ..lora.formats.gguf import read_gguf, write_gguf
+from ..lora.formats.gguf import write_gguf
 from ..lora.formats.transformers import TransformersLibrary
 from ..lora.state import adapter_of
-from ..lora.update import require_effect
 from ..model.checkpoint import read_index
 from ..model.plan import read_config
 from ..storage import new_folder
-from .fuse import ChangeKept, base_of, fuse_into, trained_updates
+from .fuse import ChangeKept, write_fused
+from .hub import model_card
 from .verify import Proof, check_adapter, check_logits
 
 __all__ = ["FORMATS", "export", "require_format"]
@@ -51,7 +52,7 @@ def export(
         format: one of FORMATS.
         verify: check names, shapes and values, load the export in its library, and compare
             logits; nothing is kept of an export that fails.
-        options: of a fused model, as in `fuse.fuse_into`.
+        options: of a fused model, as in `fuse.fuse`.
 
     Returns:
         What was seen of it, a line each: of an adapter in its library, of a fused model in every
@@ -84,60 +85,55 @@ def require_format(format: str, options: Mapping[str, Any]) -> None:
         )
     if options and format != "fused":
         raise ConfigError(
-            f"{', '.join(options)} given for {format}",
-            wanted="them for a fused model only",
-            do="leave them out, or export with format fused",
+            f"{', '.join(options)} given for {format}", wanted="format fused", do="leave them out"
         )
 
 
 def _export_adapter(
     gemma: Gemma4, output: Path, verify: bool, format: Format
 ) -> list[Proof | ChangeKept]:
-    _, trained = adapter_of(gemma.backbone, gemma.lora, gemma.name)
+    adapter_of(gemma.backbone, gemma.lora, gemma.name)  # which refuses what is not finite
     if gemma.lora is None and format.name != "mlx-lm":
         raise AdapterError(
-            f"the model was trained whole, and {format.name} is a format of adapters",
-            wanted="LoRA, or another format",
-            do="export it with --format fused",
+            f"{format.name} has no whole weights", wanted="LoRA", do="export it with --format fused"
         )
     require_effect(gemma.backbone, "the model")
-    adapter = Adapter(gemma.lora, trained, gemma.backbone, gemma.plan, gemma.name)
+    adapter = Adapter(gemma.lora, gemma.backbone, gemma.plan, gemma.name)
     config, tensors = format.write(adapter)
     _require_replaceable(output, {CONFIG, "README.md"} | {f.file for f in ADAPTERS.values()})
     with new_folder(output) as partial:
         mx.save_safetensors(str(partial / format.file), tensors, dict(format.metadata))
         (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        if readme := format.readme(adapter):
-            (partial / "README.md").write_text(readme)
+        if format.hub_library == "peft":  # the Hub knows an adapter and its base by the card
+            (partial / "README.md").write_text(model_card(partial, "PATH_OR_ID_OF_THIS_FOLDER"))
         if not verify:
             return []
-        check_adapter(gemma, partial, tensors, format.file)
-        seen = (gemma, format.name, format.library, partial, len(tensors))
-        return [check_logits(*seen, held=tensors)]
+        check_adapter(gemma, partial, tensors)
+        proof = Proof(format.name, len(tensors))
+        return [check_logits(gemma, proof, format.library, partial, held=tensors)]
 
 
 def _export_fused(
     gemma: Gemma4, output: Path, verify: bool, options: Mapping[str, Any]
 ) -> list[Proof | ChangeKept]:
-    base = base_of(gemma, output)
-    _require_replaceable(output, None)
-    with new_folder(output) as partial:
-        changes = fuse_into(base, trained_updates(gemma), partial, **options)
-        stored = read_index(partial)
-        quantized = "quantization" in read_config(partial)
-        found: list[Proof | ChangeKept] = [changes[0]] if quantized else []
-        if not verify:
-            return found
+    proofs: list[Proof] = []
+
+    def check(model: Path) -> None:
+        stored, quantized = read_index(model), "quantization" in read_config(model)
         libraries: list[Any] = [ADAPTERS["mlx-lm"].library]
         if gemma.plan.is_multimodal:
             libraries.append(ADAPTERS["mlx-vlm"].library)
         if not quantized:
             libraries.append(TransformersLibrary())
         rounded = quantized or any(tensor.dtype != "F32" for tensor in stored.values())
+        proof = Proof("fused", len(stored))
         for library in libraries:
-            seen = (gemma, "fused", library, partial, len(stored))
-            found.append(check_logits(*seen, rounded=rounded))
-        return found
+            proofs.append(check_logits(gemma, proof, library, model, rounded=rounded))
+
+    _require_replaceable(output, None)
+    changes = write_fused(gemma, output, check=check if verify else None, **options)
+    quantized = "quantization" in read_config(output)
+    return [*changes[:1], *proofs] if quantized else [*proofs]
 
 
 def _export_gguf(gemma: Gemma4, output: Path, verify: bool) -> list[Proof | ChangeKept]:
@@ -149,8 +145,10 @@ def _export_gguf(gemma: Gemma4, output: Path, verify: bool) -> list[Proof | Chan
         )
     count = write_gguf(gemma.backbone, gemma.plan, output)
     if verify:
-        _, tensors = read_gguf(output)
-        broken = [name for name, value in tensors.items() if not np.isfinite(value).all()]
+        from gguf import GGUFReader
+
+        tensors = GGUFReader(output).tensors
+        broken = [tensor.name for tensor in tensors if not np.isfinite(tensor.data).all()]
         if len(tensors) != count or broken:
             raise ExportError(
                 f"{output} has {len(tensors)} tensors, {len(broken)} not finite:{listing(broken)}",

@@ -13,15 +13,16 @@ The output is a folder, for gguf a file. The base model is the one that the adap
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from ..config import ExportConfig, Part, RunConfig, build, read_arguments
 from ..errors import AdapterError, ConfigError, run_command
-from ..lora.formats.format import CONFIG
+from ..gemma import load
+from ..lora.formats import base_of
+from ..lora.state import read_files
 from . import export, require_format
-from .hub import push_folder, require_repo_id
+from .hub import push_folder, require_repo_id, require_token, upload_files
 
 _OF_A_FUSED_MODEL = ("quantize", "group_size", "floor", "force")
 
@@ -30,19 +31,26 @@ def main(arguments: list[str] | None = None) -> None:
     run, given, options = _settings(arguments)
     source, output = Path(given.source or "").expanduser(), Path(run.output or "").expanduser()
     adapter = source / "adapter" if (source / "adapter").is_dir() else source
-    model = run.model or _base_of(adapter)
-    _require_apart(output, source, adapter, Path(model))
+    model = run.model or base_of(read_files(adapter)[0])
+    if not model:
+        raise AdapterError(
+            f"{adapter} names no base model", wanted="one", do="give it with --model"
+        )
+    if output.resolve() in [Path(path).resolve() for path in (source, adapter, model)]:
+        raise ConfigError(
+            f"--output is {output}, which is read", wanted="another folder", do="change --output"
+        )
     if given.push:
         require_repo_id(given.push)
-
-    from ..gemma import load
-
+        require_token()
     gemma = load(model, adapter=adapter)
     print(gemma)
     for line in export(gemma, output, given.format, verify=given.verify, **options):
         print(line)
     print(f"exported: {output}")
     if given.push:
+        names = ["README.md", *(path.name for path in upload_files(output))]
+        print(f"pushing to {given.push}: {', '.join(names)}", flush=True)
         url = push_folder(output, given.push, source, private=not given.public)
         print(f"pushed: {url}")
 
@@ -83,37 +91,6 @@ def _settings(arguments: list[str] | None) -> tuple[RunConfig, ExportConfig, dic
             "--output is not given", wanted="a folder, for gguf a file", do="give --output"
         )
     return run, given, options
-
-
-def _base_of(adapter: Path) -> str:
-    """The base model that an adapter's config names."""
-    path = adapter / CONFIG
-    try:
-        config = json.loads(path.read_text())
-        model = config.get("model") or config.get("base_model_name_or_path")
-    except FileNotFoundError:
-        raise AdapterError(
-            f"{adapter} has no {CONFIG}",
-            wanted="the output folder of a run, or an adapter folder",
-            do="check the path",
-        ) from None
-    except (OSError, ValueError, AttributeError) as error:
-        raise AdapterError(
-            f"cannot read {path}: {error}", wanted="a JSON object", do="copy the adapter again"
-        ) from None
-    if not isinstance(model, str) or not model:
-        raise AdapterError(f"{path} names no base model", wanted="one", do="give it with --model")
-    return model
-
-
-def _require_apart(output: Path, *inputs: Path) -> None:
-    for path in inputs:
-        if path.exists() and output.resolve() == path.resolve():
-            raise ConfigError(
-                f"--output is {output}, which is read",
-                wanted="another folder, so that nothing is lost",
-                do="change --output",
-            )
 
 
 if __name__ == "__main__":

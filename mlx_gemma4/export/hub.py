@@ -1,26 +1,162 @@
-"""An export on the Hugging Face Hub, in one commit: all of it is there, or nothing is.
+"""An export on the Hugging Face Hub: its model card, and its upload in one commit.
 
-The token is the one of `hf auth login` or of HF_TOKEN. It is handed to nobody but huggingface_hub,
-and taken out of whatever an error says.
+A card tells settings and results. Paths of the machine that trained it stay at home: of a local
+model or data file only the name is given. The token is the one of `hf auth login` or of HF_TOKEN;
+it is handed to nobody but huggingface_hub, and taken out of whatever an error says.
 """
 
 from __future__ import annotations
 
+import json
 import re
-import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, ExportError
-from .card import kind_of, model_card
+import yaml
 
-__all__ = ["push_folder", "require_repo_id"]
+from ..errors import ConfigError, ExportError
+from ..lora.formats import ADAPTERS, base_of, format_of
+from ..lora.formats import gguf as gguf_format
+from ..lora.formats.format import CONFIG
+from ..model.checkpoint import INDEX
+from ..model.download import SIDE_FILES
+from ..trust import require_inside
+
+_PATHS = ("model", "data", "output", "resume")
+
+_FUSED = """\
+```python
+from mlx_lm import generate, load  # text
+
+model, tokenizer = load("{repo}")
+```
+
+```python
+from mlx_vlm import generate, load  # with images and audio
+
+model, processor = load("{repo}")
+```"""
+_TRANSFORMERS = """
+
+```python
+from transformers import {architecture}
+
+model = {architecture}.from_pretrained("{repo}", dtype="auto")
+```"""
+
+
+def kind_of(output: Path) -> str | None:
+    """The format of an export by its files; None if it is none.
+
+    The GGUF format is a file; the others are folders. PEFT's two have one name here.
+    """
+    if output.is_file():
+        return "gguf" if output.suffix == ".gguf" else None
+    format = format_of(_read(output / CONFIG))
+    if (output / format.file).exists():
+        return format.name
+    return "fused" if any(output.glob("model*.safetensors")) else None
+
+
+# ---------------------------------------------------------------- the card
+
+
+def model_card(output: Path, repo_id: str, source: Path | None = None) -> str:
+    """README.md for an export.
+
+    Args:
+        output: the export; a folder, for GGUF a file.
+        repo_id: where it will lie, for the code that loads it.
+        source: the run or adapter that it was made from, for data, settings and losses.
+    """
+    kind = kind_of(output) or "fused"
+    # A run's folder, or the adapter in one.
+    folders = (source, source.parent) if source else ()
+    run = next((folder for folder in folders if (folder / "summary.json").exists()), output)
+    summary, settings = _read(run / "summary.json"), _read(run / "config.yaml")
+    configs = [_read(folder / CONFIG) for folder in (run / "adapter", source or run, output)]
+    bases = [summary.get("model"), *map(base_of, configs), "the base model"]
+    base = str(next(filter(None, bases)))
+    is_on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists()
+    shown = base if is_on_hub else Path(base).name
+    head: dict[str, Any] = {"base_model": base} if is_on_hub else {}
+    if kind != "gguf":
+        head["library_name"] = ADAPTERS[kind].hub_library if kind in ADAPTERS else "transformers"
+    head["tags"] = ["gemma4", "mlx-gemma4", *(["lora"] if kind != "fused" else []), kind]
+    what = "Fine-tuned model" if kind == "fused" else "Adapter"
+    parts = [
+        f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
+        f"# {repo_id.split('/')[-1]}",
+        f"{what} made from {shown} with mlx_gemma4; format {kind}.",
+    ]
+    if summary:
+        data = {
+            "source": Path(str(summary.get("data"))).name,
+            "target tokens": settings.get("train_on"),
+            "longest example": settings.get("max_seq_length"),
+            "steps": summary.get("steps"),
+        }
+        losses = {
+            "training, last report": summary.get("train_loss"),
+            "validation, before": summary.get("val_loss_before"),
+            "validation, after": summary.get("val_loss"),
+            "test": summary.get("test_loss"),
+        }
+        measured = {key: f"{loss:.4f}" for key, loss in losses.items() if loss is not None}
+        parts += ["## Data", _table("data", data)]
+        losses_table = _table("nats per target token", measured)
+        parts += ["## Losses", losses_table if measured else "None were measured."]
+    if not settings:
+        given = {**configs[-1], **(configs[-1].get("lora_parameters") or {})}
+        settings = {key: value for key, value in given.items() if isinstance(value, (int, float))}
+    if settings:
+        rows = {key: value for key, value in settings.items() if key not in _PATHS}
+        parts += ["## Settings", _table("setting", rows)]
+    parts += ["## How to load it", _use(kind, output, shown, repo_id)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _use(kind: str, output: Path, base: str, repo: str) -> str:
+    config, mapped = _read(output / "config.json"), _read(output / CONFIG).get("auto_mapping")
+    names = [*config.get("architectures", ()), (mapped or {}).get("base_model_class")]
+    architecture = next(filter(None, names), "Gemma4ForConditionalGeneration")
+    words = {"base": base, "repo": repo, "architecture": architecture, "file": output.name}
+    if kind in ADAPTERS:
+        use = ADAPTERS[kind].use
+    elif kind == "gguf":
+        use = gguf_format.USE
+    else:
+        use = _FUSED + ("" if "quantization" in config else _TRANSFORMERS)
+    return use.format(**words)
+
+
+def _table(title: str, rows: Mapping[str, Any]) -> str:
+    lines = [f"| {title} | |", "|---|---|"]
+    for key, value in rows.items():
+        if value is not None:
+            text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+            lines.append(f"| {key} | {text.replace('|', chr(92) + '|')} |")
+    return "\n".join(lines)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A mapping of a JSON or YAML file; an empty one where there is none to read."""
+    try:
+        text = path.read_text()
+        content = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+# ---------------------------------------------------------------- the upload
 
 
 def push_folder(
     output: str | Path, repo_id: str, source: str | Path | None = None, *, private: bool = True
 ) -> str:
-    """Upload an export with a model card.
+    """Upload an export with a model card; all of it is there then, or nothing is.
 
     Args:
         output: the export: a folder, for GGUF a file. Nothing is written there.
@@ -36,36 +172,59 @@ def push_folder(
         ExportError: the Hub refused, the repository is public already though `private` was asked
             for, or the upload was cut. The repository is as it was then.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi, get_token
+    from huggingface_hub import CommitOperationAdd, HfApi
 
     require_repo_id(repo_id)
     output, source = Path(output).expanduser(), Path(source).expanduser() if source else None
-    files = _files(output)
-    token = get_token()
-    if token is None:
-        raise ConfigError(
-            "there is no token for the Hub",
-            wanted="one with the right to write",
-            do="hf auth login, or set HF_TOKEN",
-        )
+    kind, token = kind_of(output), require_token()
+    if kind is None:
+        wanted = "a folder with an adapter or a model, or a .gguf file"
+        raise ConfigError(f"{output} is no export", wanted=wanted, do="export first")
     card = model_card(output, repo_id, source).encode()
     operations = [CommitOperationAdd("README.md", card)]
-    operations += [CommitOperationAdd(name, path) for name, path in files.items()]
+    operations += [CommitOperationAdd(path.name, path) for path in upload_files(output)]
     api = HfApi(token=token)
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
-        if private and not api.model_info(repo_id).private:
-            raise ExportError(
-                f"{repo_id} exists and is public",
-                wanted="a private repository; nothing was uploaded",
-                do="name another, or make it private in its settings on the Hub",
-            )
-        done = api.create_commit(
-            repo_id, operations, commit_message=f"Export of mlx_gemma4: {kind_of(output)}"
-        )
-    except _failures() as error:
+        if not private or api.model_info(repo_id).private:
+            message = f"Export of mlx_gemma4: {kind}"
+            done = api.create_commit(repo_id, operations, commit_message=message)
+            return str(done.commit_url)
+    except Exception as error:  # anything: it is another library's
         raise _refusal(error, repo_id, token) from None
-    return str(done.commit_url)
+    wanted, do = "a private repository; nothing was uploaded", "name another, or make it private"
+    raise ExportError(f"{repo_id} exists and is public", wanted=wanted, do=do)
+
+
+def upload_files(output: Path) -> list[Path]:
+    """What is sent of an export beside its card: the files of its format, which are no links.
+
+    Raises:
+        ConfigError: a link in the place of such a file.
+    """
+    if output.is_file():
+        return [output]
+    kind = kind_of(output)
+    names = (CONFIG, ADAPTERS[kind].file) if kind in ADAPTERS else (*SIDE_FILES, INDEX)
+    found = [output / name for name in names if (output / name).exists()]
+    found += output.glob("model*.safetensors") if kind == "fused" else []
+    for path in found:
+        require_inside(path, output, ConfigError)
+    return sorted(found)
+
+
+def require_token() -> str:
+    """The token of `hf auth login` or HF_TOKEN.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    from huggingface_hub import get_token
+
+    if token := get_token():
+        return token
+    wanted, do = "one with the right to write", "hf auth login, or set HF_TOKEN"
+    raise ConfigError("there is no token for the Hub", wanted=wanted, do=do)
 
 
 def require_repo_id(repo_id: str) -> None:
@@ -88,32 +247,6 @@ def require_repo_id(repo_id: str) -> None:
             wanted="user/name, of letters, digits, -, _ and .",
             do="change the name",
         )
-
-
-def _files(output: Path) -> dict[str, Path]:
-    """What is uploaded, by name; the card takes the place of a README."""
-    if kind_of(output) is None:
-        raise ConfigError(
-            f"{output} is no export",
-            wanted="a folder with an adapter or a model, or a .gguf file",
-            do="export first",
-        )
-    if output.is_file():
-        return {output.name: output}
-    return {
-        path.name: path
-        for path in sorted(output.iterdir())
-        if path.is_file() and path.name != "README.md" and not path.name.startswith(".")
-    }
-
-
-def _failures() -> tuple[type[Exception], ...]:
-    """What huggingface_hub raises for a request that failed, by its HTTP library."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    libraries = [sys.modules[name] for name in ("httpx", "httpx2") if name in sys.modules]
-    own = [library.HTTPError for library in libraries]
-    return (HfHubHTTPError, OSError, RuntimeError, ValueError, *own)
 
 
 _ADVICE = {

@@ -11,16 +11,16 @@ import math
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from huggingface_hub import split_state_dict_into_shards_factory
 
 from ..model.checkpoint import DTYPES, INDEX, StoredTensor
 from ..model.quantize import Packing, stored_packing, stored_quantization
-
-__all__ = ["Job", "Output", "StoredWeight", "as_bytes", "stored_weights", "write_shards"]
 
 _COPY_BYTES = 1 << 24
 
@@ -45,7 +45,7 @@ class Job:
     """Tensors that are made together: every piece has the next bytes of each output."""
 
     outputs: Sequence[Output]
-    pieces: Callable[[], Iterator[Sequence[bytes]]]
+    pieces: Callable[[], Iterator[Sequence[Any]]]
 
     @property
     def nbytes(self) -> int:
@@ -81,11 +81,14 @@ class StoredWeight:
         return values.astype(DTYPES[self.dtype][1])
 
     def copies(self) -> list[Job]:
-        """The stored tensors as they are."""
+        """The stored tensors as they are, byte by byte, of any dtype."""
         base = self.key.removesuffix(".weight")
         return [
-            _copy(self.key if name == "weight" else f"{base}.{name}", tensor)
-            for name, tensor in self.tensors.items()
+            Job(
+                [Output(self.key if n == "weight" else f"{base}.{n}", t.dtype, t.shape, t.nbytes)],
+                partial(_read_bytes, t),
+            )
+            for n, t in self.tensors.items()
         ]
 
 
@@ -124,23 +127,16 @@ def _read_rows(tensor: StoredTensor, start: int, stop: int) -> mx.array:
     """The entries start to stop of a stored tensor's first axis; only their bytes are read."""
     kind, dtype = DTYPES[tensor.dtype]
     step = tensor.nbytes // tensor.shape[0]
-    with tensor.path.open("rb") as file:
-        file.seek(tensor.offset + start * step)
-        content = file.read((stop - start) * step)
-    array = mx.array(np.frombuffer(content, kind).reshape(stop - start, *tensor.shape[1:]))
+    count, offset = math.prod(tensor.shape[1:]) * (stop - start), tensor.offset + start * step
+    values = np.fromfile(tensor.path, kind, count, offset=offset)
+    array = mx.array(values.reshape(stop - start, *tensor.shape[1:]))
     return array if array.dtype == dtype else array.view(dtype)
 
 
-def _copy(name: str, tensor: StoredTensor) -> Job:
-    """A stored tensor byte by byte, of any dtype."""
-
-    def pieces() -> Iterator[Sequence[bytes]]:
-        with tensor.path.open("rb") as file:
-            file.seek(tensor.offset)
-            for start in range(0, tensor.nbytes, _COPY_BYTES):
-                yield (file.read(min(_COPY_BYTES, tensor.nbytes - start)),)
-
-    return Job((Output(name, tensor.dtype, tensor.shape, tensor.nbytes),), pieces)
+def _read_bytes(tensor: StoredTensor) -> Iterator[Sequence[Any]]:
+    for start in range(0, tensor.nbytes, _COPY_BYTES):
+        count = min(_COPY_BYTES, tensor.nbytes - start)
+        yield (np.fromfile(tensor.path, np.uint8, count, offset=tensor.offset + start),)
 
 
 # ---------------------------------------------------------------- writing
@@ -162,38 +158,34 @@ def write_shards(
         metadata: text by key, for every file's header.
         shard_bytes: the most bytes of a file; a job that is larger has a file of its own.
     """
-    shards: list[list[Job]] = [[]]
-    for job in jobs:
-        if shards[-1] and sum(other.nbytes for other in shards[-1]) + job.nbytes > shard_bytes:
-            shards.append([])
-        shards[-1].append(job)
+    by_name = {job.outputs[0].name: job for job in jobs}
+    split = split_state_dict_into_shards_factory(
+        by_name,
+        get_storage_size=lambda job: job.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=shard_bytes,
+    )
     placed: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        name = name if len(shards) > 1 else "model.safetensors"
-        _write_file(folder / name, shard, metadata)
-        placed |= {output.name: name for job in shard for output in job.outputs}
-    if len(shards) > 1:
-        total = sum(job.nbytes for shard in shards for job in shard)
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
+    for file, names in split.filename_to_tensors.items():
+        shard = [by_name[name] for name in names]
+        _write_file(folder / file, shard, metadata)
+        placed |= {output.name: file for job in shard for output in job.outputs}
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": dict(sorted(placed.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _write_file(path: Path, jobs: Sequence[Job], metadata: Mapping[str, str]) -> None:
     # Wide types first, so that every tensor begins at a multiple of its own width.
-    outputs = sorted(
-        (output for job in jobs for output in job.outputs),
-        key=lambda output: -output.nbytes // max(math.prod(output.shape), 1),
-    )
-    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    outputs = [output for job in jobs for output in job.outputs]
+    outputs.sort(key=lambda output: -output.nbytes // max(math.prod(output.shape), 1))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
     starts, end = {}, 0
     for output in outputs:
-        starts[output.name], begin, end = end, end, end + output.nbytes
-        header[output.name] = {
-            "dtype": output.dtype,
-            "shape": output.shape,
-            "data_offsets": [begin, end],
-        }
+        starts[output.name], end = end, end + output.nbytes
+        offsets = [starts[output.name], end]
+        entry = {"dtype": output.dtype, "shape": output.shape, "data_offsets": offsets}
+        header[output.name] = entry
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:

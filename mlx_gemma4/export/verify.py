@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,16 +19,13 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..errors import ExportError, Gemma4Error, ModelError, listing
+from ..errors import AdapterError, ExportError, Gemma4Error, listing
 from ..gemma import Gemma4, load
-from ..lora.attach import without_lora
-from ..lora.state import read_updates
-from ..lora.update import LowRank, Update, Whole, updates_of
-from ..model.checkpoint import load_file, mismatches, shapes_of
+from ..lora.attach import Update, Whole, updates_of, without_lora
+from ..lora.state import read_files, read_updates
+from ..model.checkpoint import mismatches, shapes_of
 from ..model.download import resolve
 from ..model.names import is_frozen_buffer
-
-__all__ = ["Proof", "check_adapter", "check_logits"]
 
 PROMPTS = (
     "What is a list? A list holds values, one after another.",
@@ -44,12 +41,10 @@ class Proof:
     """What was seen of an export.
 
     Attributes:
-        format: as asked for.
         tensors: how many it has.
-        by: the library that loaded it, with its version; None if none did.
+        by: the library that loaded it, with its version; None, and `why_not`, if none did.
         difference: largest difference of its logits from the trained model's in memory.
         moved_by: largest difference of its logits from the base's, in that library.
-        why_not: why no library loaded it.
     """
 
     format: str
@@ -69,83 +64,67 @@ class Proof:
         )
 
 
-def check_adapter(gemma: Gemma4, folder: Path, tensors: Mapping[str, mx.array], file: str) -> None:
+def check_adapter(gemma: Gemma4, folder: Path, tensors: Mapping[str, mx.array]) -> None:
     """An adapter folder against the format's rules, without its library.
 
-    Args:
-        gemma: the trained model.
-        tensors: what the file must hold, by name.
-        file: the name of the file.
+    The file must hold exactly `tensors`, bit by bit, and what our reader makes of it must do what
+    the trained model does; lora_b lora_a is compared on a few vectors.
 
     Raises:
-        ExportError: with the name of every tensor that is missing, extra, misshapen or other.
-        AdapterError: our reader of the format refuses the folder.
+        ExportError: with the name of every tensor or weight that is not as it was trained.
     """
     try:
-        found = load_file(folder / file)
-    except ModelError as error:
-        raise ExportError(error.found, wanted=error.wanted, do="export it again") from None
-    problems = mismatches(shapes_of(found), shapes_of(tensors))
-    problems += [
-        f"other values {name}"
-        for name in sorted(found.keys() & tensors)
-        if found[name].shape == tensors[name].shape
-        and not mx.array_equal(found[name], tensors[name])
-    ]
-    if problems:
-        raise _not_as_meant(f"{folder / file}", problems)
-    meant = {
-        n: u for n, u in updates_of(gemma.backbone, gemma.plan).items() if not is_frozen_buffer(n)
-    }
-    problems = _other_updates(read_updates(folder, gemma.plan), meant)
-    if problems:
-        raise _not_as_meant(f"what {folder} does", problems)
+        _, stored = read_files(folder)
+        found = read_updates(folder, gemma.plan)
+    except AdapterError as error:
+        raise ExportError(error.found, wanted=error.wanted, do="report this") from None
+    _require_same(stored, tensors, str(folder))
+    trained = updates_of(gemma.backbone, gemma.plan)
+    meant = {name: update for name, update in trained.items() if not is_frozen_buffer(name)}
+    _require_same(_values(found), _values(meant), f"what {folder} does", tolerance=1e-5)
 
 
-def _not_as_meant(what: str, problems: list[str]) -> ExportError:
-    return ExportError(
-        f"{len(problems)} tensors of {what} are not those that were trained:{listing(problems)}",
-        wanted="exactly the trained adapter; the export was not kept",
-        do="export it again, and report this if it stays",
-    )
+def _values(updates: Mapping[str, Update]) -> dict[str, mx.array]:
+    """What updates do, by name: whole weights, LoRA's products with vectors, magnitudes."""
+    values = {}
+    for name, update in updates.items():
+        if isinstance(update, Whole):
+            values[name] = update.value
+            continue
+        probe_I4 = mx.random.normal((update.shape[-1], 4), key=mx.random.key(0))
+        a, b = update.a.astype(mx.float32), update.b.astype(mx.float32)
+        values[name] = update.scale * (b @ (a @ probe_I4))
+        if update.magnitude is not None:
+            values[f"{name} magnitude"] = update.magnitude
+    return values
 
 
-def _other_updates(found: Mapping[str, Update], wanted: Mapping[str, Update]) -> list[str]:
-    """Weights whose update is not the trained one; lora_b lora_a is compared on a few vectors."""
-    problems = [f"missing     {name}" for name in sorted(wanted.keys() - found)]
-    problems += [f"unexpected  {name}" for name in sorted(found.keys() - wanted)]
+def _require_same(
+    found: Mapping[str, mx.array],
+    wanted: Mapping[str, mx.array],
+    what: str,
+    tolerance: float = 0.0,
+) -> None:
+    """The same names and values; the tolerance is a share of an array's largest value."""
+    problems = mismatches(shapes_of(found), shapes_of(wanted))
     for name in sorted(found.keys() & wanted):
-        one, other = found[name], wanted[name]
-        same = one.shape == other.shape and type(one) is type(other)
-        if same and isinstance(one, LowRank) and isinstance(other, LowRank):
-            same = _same_product(one, other)
-        elif same and isinstance(one, Whole) and isinstance(other, Whole):
-            same = bool(mx.array_equal(one.value, other.value))
-        if not same:
-            problems.append(f"other update {name}")
-    return problems
-
-
-def _same_product(one: LowRank, other: LowRank) -> bool:
-    probe_I4 = mx.random.normal((one.shape[-1], 4), key=mx.random.key(0))
-    made, meant = (
-        u.scale * (u.b.astype(mx.float32) @ (u.a.astype(mx.float32) @ probe_I4))
-        for u in (one, other)
-    )
-    if one.magnitude is None or other.magnitude is None:
-        if one.magnitude is not other.magnitude:
-            return False
-    elif not mx.array_equal(one.magnitude, other.magnitude):
-        return False
-    return float(mx.abs(made - meant).max()) <= 1e-5 * float(mx.abs(meant).max())
+        one, other = found[name].astype(mx.float32), wanted[name].astype(mx.float32)
+        if one.shape == other.shape:
+            gap, largest = float(mx.abs(one - other).max()), float(mx.abs(other).max())
+            problems += [] if gap <= tolerance * largest else [f"other values {name}"]
+    if problems:
+        raise ExportError(
+            f"{len(problems)} tensors of {what} are not as they were trained:{listing(problems)}",
+            wanted="exactly the trained adapter; the export was not kept",
+            do="export it again, and report this if it stays",
+        )
 
 
 def check_logits(
     gemma: Gemma4,
-    format: str,
+    proof: Proof,
     library: Any,
     export: Path,
-    count: int,
     *,
     held: Mapping[str, mx.array] | None = None,
     rounded: bool = False,
@@ -154,9 +133,9 @@ def check_logits(
 
     Args:
         gemma: the trained model.
+        proof: with the format and the count of tensors; completed and returned.
         library: as in `lora.formats.format`; for a whole model `load` and `logits` are enough.
         export: the folder to load.
-        count: how many tensors it has.
         held: of an adapter the tensors that the library must hold after loading it onto the base,
             by name; None for an export that is a model by itself.
         rounded: the export's weights are the trained ones to fewer digits, so its logits may
@@ -168,16 +147,15 @@ def check_logits(
     """
     missing = [name for name in library.packages if not find_spec(name)]
     if missing:
-        return Proof(format, count, why_not=f"{' and '.join(missing)} not installed")
+        return replace(proof, why_not=f"{' and '.join(missing)} not installed")
     package = library.packages[-1]
     by = f"{package.replace('_', '-')} {importlib.metadata.version(package)}"
     if held is not None and (unfit := library.unfit()):
-        return Proof(format, count, why_not=f"{by} is installed, and {unfit}")
-    prompts = _prompts(gemma)
-    ours, base = _logits_of(gemma, prompts), _base_logits(gemma, prompts)
+        return replace(proof, why_not=f"{by} is installed, and {unfit}")
+    prompts, ours, base = _our_logits(gemma)
     loaded = _attempt(library.load, resolve(gemma.name))
     if isinstance(loaded, str):
-        return Proof(format, count, why_not=f"{by} does not load the base: {loaded}")
+        return replace(proof, why_not=f"{by} does not load the base: {loaded}")
     their_base = [library.logits(loaded, tokens) for tokens in prompts]
     if held is None:
         loaded = _attempt(library.load, export)
@@ -185,25 +163,28 @@ def check_logits(
         loaded = _attempt(library.attach, loaded, export)
     if isinstance(loaded, str):
         raise ExportError(
-            f"{by} does not load {export}: {loaded}",
-            wanted="an export that its library loads",
-            do="report this; the export was not kept",
+            f"{by} does not load {export}: {loaded}", wanted="that it does", do="report this"
         )
     if held is not None:
-        _require_held(library.holds(loaded), held, by)
+        # What else the library made for the adapter must be zero.
+        made_up = (".lora_b", ".B", ".lora_B.weight")
+        found = {
+            name: value
+            for name, value in library.holds(loaded).items()
+            if name in held or (name.endswith(made_up) and value.any())
+        }
+        _require_same(found, held, f"the adapter in {by}")
     theirs = [library.logits(loaded, tokens) for tokens in prompts]
-    proof = Proof(format, count, by, _gap(theirs, ours), _gap(theirs, their_base))
-    _judge(proof, _gap(their_base, base), rounded)
-    return proof
+    gap, moved_by = _gap(theirs, ours), _gap(theirs, their_base)
+    proof = replace(proof, by=by, difference=gap, moved_by=moved_by)
+    return _judged(proof, _gap(their_base, base), rounded)
 
 
-def _judge(proof: Proof, base_gap: float, rounded: bool) -> None:
+def _judged(proof: Proof, base_gap: float, rounded: bool) -> Proof:
     """A base that differs by itself, as one of low precision does, lets the export differ more."""
     if not proof.moved_by:
         raise ExportError(
-            f"in {proof.by} the export changes no logit",
-            wanted="the trained model",
-            do="train it first, or report this",
+            f"in {proof.by} the export changes no logit", wanted="a change", do="train it first"
         )
     allowed = max(EXACT, 3 * base_gap, proof.moved_by / 2 if rounded else 0)
     lost = base_gap > max(EXACT, proof.moved_by)
@@ -214,45 +195,27 @@ def _judge(proof: Proof, base_gap: float, rounded: bool) -> None:
             wanted=f"at most {allowed:.2e}, and a base that differs less than the export moves it",
             do="report this; --no-verify exports all the same",
         )
+    return proof
 
 
-def _require_held(found: Mapping[str, mx.array], wanted: Mapping[str, mx.array], by: str) -> None:
-    """The library holds every tensor, and what else it made for the adapter is zero."""
-    problems = [f"not loaded  {name}" for name in sorted(wanted.keys() - found)]
-    problems += [
-        f"other values {name}"
-        for name in sorted(wanted.keys() & found)
-        if not mx.array_equal(wanted[name].astype(mx.float32), found[name].astype(mx.float32))
-    ]
-    problems += [
-        f"made up     {name}"
-        for name in sorted(found.keys() - wanted)
-        if name.endswith((".lora_b", ".B", ".lora_B.weight")) and found[name].any()
-    ]
-    if problems:
-        raise _not_as_meant(f"the adapter in {by}", problems)
-
-
-def _prompts(gemma: Gemma4) -> list[list[int]]:
-    """Token ids of the prompts; a tokenizer may know more of them than the model."""
+def _our_logits(gemma: Gemma4) -> tuple[list[list[int]], list[np.ndarray], list[np.ndarray]]:
+    """Token ids of the prompts, and (T, V) for each by the trained model and by its base."""
+    # A tokenizer may know more tokens than the model.
     known = [
         [token for token in gemma.tokenizer.encode(prompt) if token < gemma.plan.vocab_size]
         for prompt in PROMPTS
     ]
-    return [tokens[:_MOST_TOKENS] for tokens in known if tokens]
+    prompts = [tokens[:_MOST_TOKENS] for tokens in known if tokens]
 
+    def logits(model: Gemma4) -> list[np.ndarray]:
+        return [np.array(model.logits(mx.array([tokens]))[0]) for tokens in prompts]
 
-def _logits_of(gemma: Gemma4, prompts: list[list[int]]) -> list[np.ndarray]:
-    """Ours, (T, V) for each prompt, through the training forward."""
     gemma.backbone.eval()
-    return [np.array(gemma.logits(mx.array([tokens]))[0]) for tokens in prompts]
-
-
-def _base_logits(gemma: Gemma4, prompts: list[list[int]]) -> list[np.ndarray]:
+    ours = logits(gemma)
     if gemma.lora is None:
-        return _logits_of(load(gemma.name), prompts)
+        return prompts, ours, logits(load(gemma.name))
     with without_lora(gemma.backbone):
-        return _logits_of(gemma, prompts)
+        return prompts, ours, logits(gemma)
 
 
 def _attempt(action: Callable[..., Any], *arguments: Any) -> Any:

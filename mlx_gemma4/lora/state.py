@@ -10,23 +10,20 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_map
 
 from ..config import LoraConfig
 from ..errors import AdapterError, ModelError, listing
 from ..model.checkpoint import load_file, mismatches, shapes_of
 from ..model.loader import build_backbone
-from ..model.names import PLE_TABLE, flat, is_frozen_buffer, text_model, text_prefix
+from ..model.names import PLE_TABLE, flat, inner_name, is_frozen_buffer, text_model, text_prefix
 from ..model.plan import Plan
-from ..storage import new_file, write_text
-from .attach import attach_lora
+from ..storage import new_file, read_json, write_text
+from ..trust import require_harmless
+from .attach import Update, Whole, attach_lora, require_effect, updates_of
 from .formats import format_of
-from .formats.format import CONFIG, Stored
+from .formats.format import CONFIG, Files, Read, Stored
 from .formats.mlx_lm import MlxLm, config_of
-from .targets import PARTS, Module, keys_of
-from .update import Update, Whole, low_rank_updates, require_effect
-
-__all__ = ["adapter_of", "load_adapter", "read_updates", "save_adapter", "skeleton"]
+from .targets import keys_of
 
 
 def save_adapter(
@@ -34,14 +31,7 @@ def save_adapter(
 ) -> None:
     """Write the trainable parameters and the config that mlx-lm needs to load them.
 
-    Each file appears whole or not at all.
-
-    Args:
-        lora: the LoRA that was trained; None after full fine-tuning.
-        model: what was trained, for people who find the adapter.
-
-    Raises:
-        AdapterError: nothing is trainable, or a value is not finite.
+    Each file appears whole or not at all; arguments and errors are those of `adapter_of`.
     """
     config, weights = adapter_of(backbone, lora, model)
     folder = Path(folder)
@@ -51,10 +41,12 @@ def save_adapter(
     write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
 
 
-def adapter_of(
-    backbone: nn.Module, lora: LoraConfig | None, model: str
-) -> tuple[dict[str, Any], dict[str, mx.array]]:
+def adapter_of(backbone: nn.Module, lora: LoraConfig | None, model: str) -> Files:
     """The adapter that is on a backbone: adapter_config.json, and the tensors by name.
+
+    Args:
+        lora: the LoRA that was trained; None after full fine-tuning.
+        model: what was trained, for people who find the adapter.
 
     Raises:
         AdapterError: nothing is trainable, or a value is not finite.
@@ -73,7 +65,7 @@ def adapter_of(
             wanted="finite weights; nothing was written",
             do="lower the learning rate and resume from the last checkpoint",
         )
-    return config_of(lora, weights, backbone, model), weights
+    return config_of(lora, backbone, model), weights
 
 
 def load_adapter(backbone: nn.Module, plan: Plan, folder: str | Path) -> LoraConfig | None:
@@ -91,18 +83,17 @@ def load_adapter(backbone: nn.Module, plan: Plan, folder: str | Path) -> LoraCon
             misshapen, or an adapter that changes nothing.
     """
     folder = Path(folder).expanduser()
-    config, tensors = _files(folder)
+    config, tensors = read_files(folder)
     read = format_of(config).read(Stored(folder, config, tensors, backbone, plan))
-    lora: LoraConfig | None = None
-    if read.lora is None:
+    lora = read.lora
+    if lora is None:
         wanted = _wanted_of_full(backbone, config, read.tensors)
     else:
-        attach_lora(backbone, read.modules, read.lora)
-        lora = _with_targets(read.lora, read.modules, backbone)
-        trainable = flat(backbone.trainable_parameters())
-        wanted = {n: v.shape for n, v in trainable.items() if n.rpartition(".")[2] in PARTS}
-    problems = mismatches(shapes_of(read.tensors), wanted)
-    if problems:
+        attach_lora(backbone, read.modules, lora)
+        targets, num_layers = _targets_of(read, backbone)
+        lora = dataclasses.replace(lora, targets=targets, num_layers=num_layers)
+        wanted = flat(backbone.trainable_parameters())
+    if problems := mismatches(shapes_of(read.tensors), shapes_of(wanted)):
         raise AdapterError(
             f"{len(problems)} tensors of {folder} do not fit this model:{listing(problems)}",
             wanted="the adapter of this model, whole",
@@ -110,7 +101,7 @@ def load_adapter(backbone: nn.Module, plan: Plan, folder: str | Path) -> LoraCon
         )
     backbone.load_weights(list(read.tensors.items()), strict=False)
     require_effect(backbone, str(folder))
-    mx.eval(backbone.parameters())
+    mx.eval(read.tensors)
     return lora
 
 
@@ -120,56 +111,44 @@ def read_updates(adapter: str | Path, plan: Plan) -> dict[str, Update]:
     Raises:
         AdapterError: as `load_adapter`.
     """
-    backbone = skeleton(plan)
-    if load_adapter(backbone, plan, adapter) is not None:
-        return dict(low_rank_updates(backbone))
-    prefix = text_prefix(backbone)
-    stored = load_file(Path(adapter).expanduser() / MlxLm.file)
-    names = {k.removeprefix(prefix).removeprefix("language_model."): v for k, v in stored.items()}
-    return {name: Whole(value) for name, value in names.items()}
-
-
-def skeleton(plan: Plan) -> nn.Module:
-    """The text backbone of a plan, frozen, all zero, and without memory for its weights."""
-    backbone = build_backbone(plan)
-    backbone.update(
-        tree_map(
-            lambda value: mx.broadcast_to(mx.zeros((), value.dtype), value.shape),
-            backbone.parameters(),
-        )
-    )
+    backbone = build_backbone(plan)  # whose weights are lazy, and never made
     backbone.freeze()
-    return backbone
+    if load_adapter(backbone, plan, adapter) is not None:
+        return updates_of(backbone, plan)
+    _, stored = read_files(Path(adapter).expanduser())
+    return {inner_name(name, plan) or name: Whole(value) for name, value in stored.items()}
 
 
-def _files(folder: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
-    """The config and tensors of an adapter folder, in whatever format, as they stand there."""
+def read_files(folder: Path) -> Files:
+    """The config and tensors of an adapter folder, in whatever format, as they stand there.
+
+    Raises:
+        AdapterError: a file that is not there or not whole.
+    """
+    require_harmless(folder, AdapterError)
     try:
-        config = json.loads((folder / CONFIG).read_text()) if (folder / CONFIG).exists() else {}
+        config = read_json(folder / CONFIG) if (folder / CONFIG).exists() else {}
         if not isinstance(config, dict):
-            raise ValueError(f"{CONFIG} is no JSON object")
+            raise ValueError("no JSON object")
         weights = format_of(config).file
         missing = [name for name in (CONFIG, weights) if not (folder / name).exists()]
         if not missing:
             return config, load_file(folder / weights)
     except (ValueError, ModelError) as error:
-        reason = error.found if isinstance(error, ModelError) else error
+        reason = error.found if isinstance(error, ModelError) else f"{CONFIG}: {error}"
         raise AdapterError(
             f"{folder} cannot be read: {reason}", wanted="whole files", do="copy the adapter again"
         ) from None
-    pickled = (folder / "adapter_model.bin").exists()
     raise AdapterError(
         f"{folder} has no {missing[0]}",
         wanted=f"a folder with {CONFIG} and {weights}",
-        do="save adapter_model.bin as safetensors with PEFT: model.save_pretrained(folder)"
-        if pickled
-        else "name the adapter folder of a run: OUTPUT/adapter",
+        do="name the adapter folder of a run: OUTPUT/adapter",
     )
 
 
 def _wanted_of_full(
     backbone: nn.Module, config: Mapping[str, Any], weights: Mapping[str, Any]
-) -> dict[str, tuple[int, ...]]:
+) -> dict[str, mx.array]:
     """What fully fine-tuned weights must hold: the last num_layers layers, whole.
 
     Of the parts around the layers all or none, since mlx-lm trains none and we train all.
@@ -180,7 +159,7 @@ def _wanted_of_full(
     aside = (prefix + "layers.", f"{prefix}{PLE_TABLE}.")
     around = any(not name.startswith(prefix + "layers.") for name in weights)
     return {
-        name: value.shape
+        name: value
         for name, value in flat(backbone.parameters()).items()
         if name in weights
         or (name.startswith(layers) and not is_frozen_buffer(name))
@@ -188,16 +167,10 @@ def _wanted_of_full(
     }
 
 
-def _with_targets(lora: LoraConfig, modules: list[Module], backbone: nn.Module) -> LoraConfig:
-    """The settings with targets within a layer where whole layers at the end are adapted."""
+def _targets_of(read: Read, backbone: nn.Module) -> tuple[tuple[str, ...], int]:
+    """targets and num_layers: within a layer where whole layers at the end are adapted."""
     count, prefix = len(text_model(backbone).layers), text_prefix(backbone)
-    num_layers = lora.num_layers if lora.num_layers > 0 else count
-    keys = keys_of(modules, backbone, num_layers)
-    if keys[0].startswith(prefix):
-        num_layers = count - min(index for index, _ in modules)
-        keys = keys_of(modules, backbone, num_layers)
-    return dataclasses.replace(
-        lora,
-        targets=tuple(key.removeprefix(prefix) for key in keys),
-        num_layers=num_layers if num_layers < count else -1,
-    )
+    num_layers = count - min(index for index, _ in read.modules)
+    keys = keys_of(read.modules, backbone, num_layers)
+    targets = tuple(key.removeprefix(prefix) for key in keys)
+    return targets, num_layers if num_layers < count else -1

@@ -1,73 +1,20 @@
-"""Which modules LoRA adapts, with which rank and scale, and the names that say so."""
+"""The modules of a backbone that LoRA can adapt, and their names in mlx-lm."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.nn as nn
 
 from ..config import LoraConfig
-from ..errors import AdapterError
-from ..model.names import EXPERTS, Module, is_meant, text_model, text_prefix
-
-__all__ = [
-    "EXPERTS",
-    "PARTS",
-    "Module",
-    "adaptable_modules",
-    "is_meant",
-    "keys_of",
-    "module_name",
-    "modules_in",
-    "resolve_targets",
-    "settings_of",
-]
-
-PARTS = ("lora_a", "lora_b", "m")
-"""The tensors of an adapted module: LoRA's two, and DoRA's magnitudes."""
+from ..model.names import Module, text_model, text_prefix
+from ..model.targets import chosen_modules
 
 
 def resolve_targets(backbone: nn.Module, config: LoraConfig) -> list[Module]:
-    """The modules that a config adapts: (layer index, path within the layer).
-
-    A target is a short name (`q_proj` ... `down_proj`: attention and dense MLP), `experts` (the
-    three expert projections of a MoE layer), any path within a layer, or one module by its whole
-    path, `layers.3.self_attn.q_proj`. Layers that share keys and values have no k_proj and
-    v_proj; there the target is met by the other layers.
-
-    Raises:
-        AdapterError: a target that no layer has.
-    """
-    layers = text_model(backbone).layers
-    if config.num_layers > len(layers):
-        raise AdapterError(
-            f"num_layers is {config.num_layers}",
-            wanted=f"at most the model's {len(layers)} layers, or -1 for all",
-            do="change num_layers",
-        )
-    first = max(0, len(layers) - config.num_layers) if config.num_layers >= 0 else 0
-    adaptable = adaptable_modules(backbone)
-    for target in config.targets:
-        if not any(is_meant(module, target) for module in adaptable):
-            known = sorted({path for _, path in adaptable})
-            raise AdapterError(
-                f"LoRA target {target!r} matches no module of the layers",
-                wanted="one of " + ", ".join(known),
-                do="change lora_targets",
-            )
-    modules = [
-        module
-        for module in adaptable
-        if module[0] >= first and any(is_meant(module, target) for target in config.targets)
-    ]
-    if not modules:
-        raise AdapterError(
-            f"no layer from {first} on has {', '.join(config.targets)}",
-            wanted="a module to adapt",
-            do="raise num_layers, or change lora_targets",
-        )
-    return modules
+    """The modules of a backbone that a config adapts; errors as in `model.targets`."""
+    return chosen_modules(config, adaptable_modules(backbone), len(text_model(backbone).layers))
 
 
 def adaptable_modules(backbone: nn.Module) -> dict[Module, tuple[int, ...]]:
@@ -83,32 +30,9 @@ def adaptable_modules(backbone: nn.Module) -> dict[Module, tuple[int, ...]]:
     }
 
 
-def settings_of(config: LoraConfig, module: Module) -> tuple[int, float]:
-    """Rank and scale of one module: of the first pattern that means it, else the config's own."""
-
-    def own(pattern: Mapping[str, Any] | None, default: Any) -> Any:
-        found = (value for word, value in (pattern or {}).items() if is_meant(module, word))
-        return next(found, default)
-
-    rank = own(config.rank_pattern, config.rank)
-    return rank, config.scale_of(rank, own(config.alpha_pattern, config.alpha))
-
-
 def module_name(backbone: nn.Module, module: Module) -> str:
     """A module's whole path in the backbone, such as `model.layers.3.self_attn.q_proj`."""
     return f"{text_prefix(backbone)}layers.{module[0]}.{module[1]}"
-
-
-def modules_in(weights: Mapping[str, Any], backbone: nn.Module) -> list[Module]:
-    """(layer index, path within the layer) of every adapted module that tensor names speak of."""
-    prefix = text_prefix(backbone) + "layers."
-    modules = set()
-    for name in weights:
-        path, _, last = name.removeprefix(prefix).rpartition(".")
-        index, _, path = path.partition(".")
-        if name.startswith(prefix) and last in PARTS and index.isdigit():
-            modules.add((int(index), path))
-    return sorted(modules)
 
 
 def keys_of(modules: Sequence[Module], backbone: nn.Module, num_layers: int) -> list[str]:

@@ -4,28 +4,31 @@
 >>> from mlx_gemma4.memory.estimate import StepSettings
 >>> from mlx_gemma4.model.plan import Plan, read_config
 >>> plan = Plan.from_config(read_config(tiny))
->>> choice = choose(plan, 1e9, StepSettings(batch_size=4, length=128))
->>> choice.batch_size, choice.settings.remat_layers
-(4, 0)
+>>> settings, accumulated = choose(plan, 1e9, StepSettings(batch_size=4, length=128))
+>>> settings.batch_size, settings.remat_layers, accumulated
+(4, 0, 1)
 """
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from bisect import bisect_left
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import product
+from typing import Any
 
 import mlx.core as mx
 
 from ..config import DataConfig, LoraConfig, TrainConfig
+from ..config.schema import wrong
 from ..errors import ConfigError
 from ..model.plan import Plan
+from ..model.quantize import stored_quantization
 from ..storage import size
-from .estimate import MOMENTS, Estimate, StepSettings, estimate, resident_bytes
-
-__all__ = ["Choice", "choose", "fit_settings", "machine_memory", "parse_memory"]
+from .estimate import DTYPE_BYTES, MOMENTS, StepSettings, estimate
 
 MARGIN = 0.15
 """How far the formula's step may be off."""
@@ -35,74 +38,47 @@ _LEAST_LENGTH = 256
 _UNITS = {"kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
-@dataclass(frozen=True)
-class Choice:
-    """Settings that fit, and what they take.
-
-    Attributes:
-        settings: of a step.
-        grad_accumulation_steps: batches whose gradients are summed, so that an optimizer step
-            sees the same number of rows as was asked for.
-    """
-
-    settings: StepSettings
-    grad_accumulation_steps: int
-    estimate: Estimate
-
-    @property
-    def batch_size(self) -> int:
-        """Rows of a batch."""
-        return self.settings.batch_size
-
-    def flags(self) -> str:
-        """Flags of `python -m mlx_gemma4.train`; it finds the number of layers itself."""
-        return (
-            f"--max-seq-length {self.settings.length} --batch-size {self.batch_size} "
-            f"--grad-accumulation-steps {self.grad_accumulation_steps}"
-        )
-
-
 def choose(
-    plan: Plan,
-    memory: float,
-    wanted: StepSettings = StepSettings(),
-    *,
-    may_quantize: bool = False,
-    may_shorten: bool = False,
-) -> Choice:
+    plan: Plan, memory: float, wanted: StepSettings = StepSettings(), *, may_quantize: bool = False
+) -> tuple[StepSettings, int]:
     """The first settings of an order of preference that fit.
 
     What is given up, in this order: keeping all activations (the fewest layers that are enough
     are rematerialised); rows of a batch (then as many batches are accumulated, so that an
-    optimizer step sees the same rows); with `may_quantize` 16 bits, for 8 and then 4; with
-    `may_shorten` half of the length, and half of that, down to 256.
+    optimizer step sees the same rows); with `may_quantize` 16 bits, for 8 and then 4; half of the
+    length, and half of that, down to 256.
 
     Args:
         memory: bytes.
         wanted: settings to begin with; its remat_layers are not read.
 
+    Returns:
+        (settings that fit, batches whose gradients are summed).
+
     Raises:
         ConfigError: nothing fits.
     """
+
+    def needed(settings: StepSettings) -> float:
+        found = estimate(plan, settings)
+        return found.resident + found.step * (1 + MARGIN)
+
     lengths = [wanted.length]
-    while may_shorten and lengths[-1] // 2 >= _LEAST_LENGTH:
+    while lengths[-1] // 2 >= _LEAST_LENGTH:
         lengths.append(lengths[-1] // 2)
-    precisions = [wanted.bits]
-    if may_quantize and wanted.bits is None and wanted.lora is not None:
-        precisions += [8, 4]
-    least = float("inf")
-    for length in lengths:
-        for bits in precisions:
-            given = replace(wanted, length=length, bits=bits)
-            if (resident := resident_bytes(plan, given)) >= memory:
-                least = min(least, resident)
-                continue
-            for batch, accumulated in _batches(wanted.batch_size):
-                found = _fewest_layers(plan, memory, replace(given, batch_size=batch))
-                needed = _needed(plan, found)
-                least = min(least, needed)
-                if needed <= memory:
-                    return Choice(found, accumulated, estimate(plan, found))
+    quantizable = may_quantize and wanted.bits is None and wanted.lora is not None
+    batches = [wanted.batch_size >> halvings for halvings in range(wanted.batch_size.bit_length())]
+    every, least = range(len(plan.layers) + 1), float("inf")
+    for length, bits in product(lengths, [None, 8, 4] if quantizable else [wanted.bits]):
+        given = replace(wanted, length=length, bits=bits)
+        lean = needed(replace(given, batch_size=1, remat_layers=every[-1]))
+        least = min(least, lean)
+        for batch in batches if lean <= memory else ():
+            steps = [replace(given, batch_size=batch, remat_layers=number) for number in every]
+            # Steps take less with every layer.
+            fewest = bisect_left(steps, True, key=lambda settings: needed(settings) <= memory)
+            if fewest < len(steps):
+                return steps[fewest], math.ceil(wanted.batch_size / batch)
     raise ConfigError(
         f"the least that was tried takes {size(least)}, and {size(memory)} are given",
         wanted="memory for weights, adapters, optimizer and one row of a batch",
@@ -110,66 +86,60 @@ def choose(
     )
 
 
-def fit_settings(
-    plan: Plan,
-    fit: str,
-    data: DataConfig,
-    train: TrainConfig,
-    lora: LoraConfig,
-    *,
-    bits: int | None = None,
-    group_size: int = 64,
-    dtype: str = "bfloat16",
-) -> tuple[DataConfig, TrainConfig, str]:
-    """Settings of a run that fit a memory such as "16GB", and flags that say what was chosen.
+def step_settings(
+    config: Mapping[str, Any], length: int, train: TrainConfig, lora: LoraConfig | None
+) -> StepSettings:
+    """The step of a run that keeps all activations.
 
-    Rows of a batch and max_seq_length are chosen; `memory` is set, by which the run then finds
-    how many layers it rematerialises.
+    Args:
+        config: the model's config.json, which says how weights are stored.
+        length: positions of a row.
+        lora: not read where every weight trains.
 
     Raises:
-        ConfigError: nothing fits.
+        ConfigError: config.json has a dtype that is none of weights, or every weight is to be
+            trained and they are quantized.
     """
-    wanted = StepSettings(
+    text = config.get("text_config") or {}
+    names = (part.get(key) for key in ("dtype", "torch_dtype") for part in (text, config))
+    dtype = next(filter(None, names), "bfloat16")
+    if dtype not in DTYPE_BYTES:
+        raise ConfigError(
+            f"config.json has dtype {dtype!r}",
+            wanted="bfloat16, float16 or float32",
+            do="take config.json from the original checkpoint",
+        )
+    quantization = stored_quantization(config) or {"bits": None, "group_size": 64}
+    return StepSettings(
         batch_size=train.batch_size,
-        length=data.max_seq_length,
+        length=length,
         attention=train.attention,
         lora=lora if train.fine_tune_type == "lora" else None,
-        bits=bits,
-        group_size=group_size,
+        bits=quantization["bits"],
+        group_size=quantization["group_size"],
         dtype=dtype,
         moments=MOMENTS[train.optimizer],
     )
-    choice = choose(plan, parse_memory(fit), wanted, may_shorten=True)
+
+
+def fit_settings(
+    config: Mapping[str, Any], fit: str, data: DataConfig, train: TrainConfig, lora: LoraConfig
+) -> tuple[DataConfig, TrainConfig]:
+    """Settings of a run of the model of a config.json that fit a memory such as "16GB".
+
+    batch_size and max_seq_length are chosen; `memory` is set, by which the run then finds how many
+    layers it rematerialises. Raises ConfigError where nothing fits.
+    """
+    wanted = step_settings(config, data.max_seq_length, train, lora)
+    plan, memory = Plan.from_config(config), parse_memory(fit)
+    settings, accumulated = choose(plan, memory, wanted)
     train = replace(
         train,
         memory=fit,
-        batch_size=choice.batch_size,
-        grad_accumulation_steps=train.grad_accumulation_steps * choice.grad_accumulation_steps,
+        batch_size=settings.batch_size,
+        grad_accumulation_steps=train.grad_accumulation_steps * accumulated,
     )
-    return replace(data, max_seq_length=choice.settings.length), train, choice.flags()
-
-
-def _fewest_layers(plan: Plan, memory: float, settings: StepSettings) -> StepSettings:
-    """The settings with the fewest rematerialised layers that fit; with all where none does."""
-
-    def fits(number: int) -> bool:
-        return _needed(plan, replace(settings, remat_layers=number)) <= memory
-
-    fewest = bisect_left(range(len(plan.layers)), True, key=fits)
-    return replace(settings, remat_layers=fewest)
-
-
-def _needed(plan: Plan, settings: StepSettings) -> float:
-    found = estimate(plan, settings)
-    return found.resident + found.step * (1 + MARGIN)
-
-
-def _batches(batch_size: int) -> Iterator[tuple[int, int]]:
-    """(batch size, batches accumulated), halved down to one row."""
-    batch = batch_size
-    while batch >= 1:
-        yield batch, -(-batch_size // batch)
-        batch //= 2
+    return replace(data, max_seq_length=settings.length), train
 
 
 def parse_memory(text: str) -> int:
@@ -185,11 +155,7 @@ def parse_memory(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     unit = match[2].lower() or "gb" if match else ""
     if not match or unit not in _UNITS or not float(match[1]):
-        raise ConfigError(
-            f"memory is {text!r}",
-            wanted="a number with a unit: 16GB, 24GiB, 800MB",
-            do="write it like 16GB",
-        )
+        raise wrong("memory", repr(text), "a number with a unit: 16GB, 24GiB, 800MB")
     return int(float(match[1]) * _UNITS[unit])
 
 

@@ -12,8 +12,6 @@ from typing import Any
 
 from .names import text_model
 
-__all__ = ["Verdict", "inspect_backbone"]
-
 
 @dataclass(frozen=True)
 class Verdict:

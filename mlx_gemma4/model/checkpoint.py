@@ -19,18 +19,6 @@ from ..errors import ModelError, damaged, listing
 from ..storage import parse_json, read_json
 from ..trust import require_plain_name
 
-__all__ = [
-    "DTYPES",
-    "INDEX",
-    "StoredTensor",
-    "load_file",
-    "load_tensors",
-    "mismatches",
-    "read_index",
-    "read_metadata",
-    "shapes_of",
-]
-
 INDEX = "model.safetensors.index.json"
 
 # safetensors' name -> (numpy's dtype of the same width, MLX's dtype)

@@ -10,8 +10,6 @@ from ..errors import ModelError
 from ..trust import require_harmless
 from .plan import read_config
 
-__all__ = ["SIDE_FILES", "fetch_config", "resolve"]
-
 SIDE_FILES = (
     *("config.json", "generation_config.json", "chat_template.jinja", "chat_template.json"),
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model"),

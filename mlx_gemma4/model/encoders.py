@@ -11,8 +11,6 @@ import mlx.nn as nn
 from ..errors import CapabilityError
 from .plan import Plan
 
-__all__ = ["build_with_encoders"]
-
 
 def build_with_encoders(
     plan: Plan, text_args: Mapping[str, Any], config: Mapping[str, Any]

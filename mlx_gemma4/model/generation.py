@@ -10,8 +10,6 @@ import mlx.nn as nn
 
 from .tokenizer import prompt_tokens
 
-__all__ = ["stream_answer"]
-
 
 def stream_answer(
     backbone: nn.Module,

@@ -20,8 +20,6 @@ from ..errors import CapabilityError
 from .capability import inspect_backbone
 from .names import text_model
 
-__all__ = ["TrainingKVStore", "apply_kv_store", "has_kv_store", "remove_kv_store"]
-
 
 class TrainingKVStore:
     """Keys and values of one source layer during one forward pass, each (B, K, T, H)."""

@@ -35,8 +35,6 @@ from .plan import FULL, SLIDING, Plan, read_config
 from .ple import DiskEmbedding, PerLayerRows
 from .quantize import own_quantization, quantize_as_stored, stored_quantization
 
-__all__ = ["LoadedBackbone", "build_backbone", "load_backbone"]
-
 
 @dataclass
 class LoadedBackbone:

@@ -20,20 +20,6 @@ from mlx.utils import tree_flatten
 
 from .plan import Plan
 
-__all__ = [
-    "DEAD_KV",
-    "EXPERTS",
-    "Module",
-    "flat",
-    "inner_name",
-    "is_dead",
-    "is_frozen_buffer",
-    "is_meant",
-    "lm_head",
-    "text_model",
-    "text_prefix",
-]
-
 DEAD_KV = ("k_proj", "v_proj", "k_norm", "v_norm")
 """The parts of an attention module that a layer with shared keys and values does not have."""
 

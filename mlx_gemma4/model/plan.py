@@ -14,8 +14,6 @@ from typing import Any
 from ..errors import ModelError, damaged
 from ..storage import read_json
 
-__all__ = ["LayerPlan", "MoePlan", "Plan", "PlePlan", "read_config"]
-
 SLIDING, FULL = "sliding_attention", "full_attention"
 MULTIMODAL_TYPES = ("gemma4", "gemma4_unified")
 TEXT_TYPES = ("gemma4_text", "gemma4_unified_text")

@@ -20,9 +20,7 @@ import numpy as np
 from ..errors import ModelError, damaged
 from .checkpoint import DTYPES, StoredTensor
 from .plan import Plan
-from .quantize import Packing, packed_as
-
-__all__ = ["DiskEmbedding", "GatheredRows", "PerLayerRows"]
+from .quantize import stored_packing
 
 
 @dataclass(frozen=True)
@@ -60,10 +58,8 @@ class PerLayerRows:
         self.num_rows, columns = plan.ple.vocab_size, self._layers * self._width
         wanted: dict[str, tuple[int, ...]] = {"weight": (self.num_rows, columns)}
         if "scales" in stored:
-            bits, group_size = packed_as(
-                columns, stored["weight"].shape[-1], stored["scales"].shape[-1]
-            ) or (4, columns)
-            self._packing = Packing(group_size, bits, mode)
+            shapes = stored["weight"].shape, stored["scales"].shape
+            self._packing = stored_packing("the PLE table", *shapes, {"mode": mode}, columns)
             wanted = self._packing.shapes((self.num_rows, columns))
         for name, tensor in stored.items():
             if tensor.shape != wanted.get(name):

@@ -12,16 +12,6 @@ import mlx.nn as nn
 from ..errors import ConfigError, ModelError, damaged
 from .names import text_model
 
-__all__ = [
-    "Packing",
-    "own_quantization",
-    "packed_as",
-    "quantizable",
-    "quantize_as_stored",
-    "stored_packing",
-    "stored_quantization",
-]
-
 _BITS, _GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
 
 
@@ -104,16 +94,6 @@ def own_quantization(quantization: Mapping[str, Any], path: str) -> Mapping[str,
     return {"mode": "affine", **quantization, **(own if isinstance(own, Mapping) else {})}
 
 
-def packed_as(columns: int, packed_columns: int, groups: int) -> tuple[int, int] | None:
-    """(bits, group size) of a weight of `columns` that is stored as `packed_columns` of uint32.
-
-    None where no quantization of MLX has these shapes.
-    """
-    bits, group_size = packed_columns * 32 // columns, columns // max(groups, 1)
-    whole = bits * columns == packed_columns * 32 and group_size * groups == columns
-    return (bits, group_size) if whole and bits in _BITS and group_size in _GROUPS else None
-
-
 def stored_packing(
     key: str,
     weight: Sequence[int],
@@ -132,16 +112,19 @@ def stored_packing(
     """
     own = own_quantization(quantization, key.removesuffix(".weight"))
     packed, groups = weight[-1], scales[-1]
-    if columns is not None:
-        if fits := packed_as(columns, packed, groups):
-            return Packing(fits[1], fits[0], own["mode"])
-    elif own["bits"] * own["group_size"] * groups == packed * 32:
-        return Packing(own["group_size"], own["bits"], own["mode"])
-    raise ModelError(
-        f"{key} is stored as {packed} columns in {groups} groups",
-        wanted=f"{own['bits']} bits in groups of {own['group_size']}, as config.json says",
-        do="take weights and config.json from the same checkpoint",
-    )
+    if columns is None:
+        bits, group_size = own["bits"], own["group_size"]
+        columns = groups * group_size
+    else:
+        bits, group_size = packed * 32 // columns, columns // max(groups, 1)
+    fits = bits * columns == packed * 32 and group_size * groups == columns
+    if not (fits and bits in _BITS and group_size in _GROUPS):
+        raise ModelError(
+            f"{key} has shape {tuple(weight)}, {key.removesuffix('weight')}scales {tuple(scales)}",
+            wanted="a quantization of MLX, and the one that config.json tells",
+            do="take weights and config.json from the same checkpoint",
+        )
+    return Packing(group_size, bits, own["mode"])
 
 
 def quantize_as_stored(
@@ -149,22 +132,17 @@ def quantize_as_stored(
 ) -> None:
     """Make quantized every module whose weights are stored quantized.
 
-    Bits and group size come from a module's own entry in config.json where it has one, else from
-    the shapes of its stored tensors, which cannot disagree with the weights.
+    Bits and group size come from the shapes of the stored tensors, the mode from config.json.
 
     Args:
         shapes: stored shapes by backbone path, such as `...q_proj.scales`.
     """
 
     def settings(path: str, module: nn.Module) -> Any:
-        if f"{path}.scales" not in shapes or not hasattr(module, "to_quantized"):
+        scales = shapes.get(f"{path}.scales")
+        if scales is None or not hasattr(module, "to_quantized"):
             return False
-        own = own_quantization(quantization, path)
-        if not isinstance(quantization.get(path), Mapping):
-            columns, stored = module.weight.shape[-1], shapes[f"{path}.weight"][-1]
-            # Shapes that make no sense are reported as misshapen once the module is there.
-            if packed := packed_as(columns, stored, shapes[f"{path}.scales"][-1]):
-                own = {**own, "bits": packed[0], "group_size": packed[1]}
-        return {key: own[key] for key in ("group_size", "bits", "mode")}
+        key, columns = f"{path}.weight", module.weight.shape[-1]
+        return asdict(stored_packing(key, shapes[key], scales, quantization, columns))
 
     nn.quantize(backbone, class_predicate=settings)

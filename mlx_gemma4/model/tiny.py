@@ -1,6 +1,6 @@
-"""Small Gemma 4 checkpoints, built on the spot: the embedded default, and the tests' models.
+"""A small Gemma 4 checkpoint, built on the spot.
 
-Each has every feature of its family member at a size that trains on a CPU in seconds, in the
+It has every feature of its family member at a size that trains on a CPU in seconds, in the
 Hugging Face layout, with a tokenizer trained from the texts that are given and a chat template.
 Weights are random and no norm or scalar is 1, so that a forgotten one shows.
 """
@@ -8,7 +8,7 @@ Weights are random and no norm or scalar is 1, so that a forgotten one shows.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,6 @@ from ..storage import new_file, write_text
 from .loader import build_backbone
 from .names import PLE_TABLE, flat, text_prefix
 from .plan import FULL, SLIDING, Plan
-
-__all__ = ["SHAPES", "build_tiny", "save_weights"]
 
 # Ids below 110 are the released tokenizer's; the rest of them stay unused here.
 _SPECIAL = {
@@ -35,8 +33,7 @@ _FIRST_FREE = 117
 
 CHAT_TEMPLATE = Path(__file__).with_name("tiny_chat_template.jinja").read_text()
 
-_KINDS = [SLIDING, SLIDING, FULL] * 2
-_BASE: dict[str, Any] = {
+TEXT: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 64,
     "num_hidden_layers": 6,
@@ -51,7 +48,7 @@ _BASE: dict[str, Any] = {
     "attention_bias": False,
     "attention_dropout": 0.0,
     "sliding_window": 32,
-    "layer_types": _KINDS,
+    "layer_types": [SLIDING, SLIDING, FULL] * 2,
     "final_logit_softcapping": 30.0,
     "use_bidirectional_attention": None,
     "hidden_size_per_layer_input": 8,
@@ -75,42 +72,25 @@ _BASE: dict[str, Any] = {
         },
     },
 }
-_LARGE = {
-    "num_key_value_heads": 2,
-    "num_global_key_value_heads": 1,
-    "hidden_size_per_layer_input": 0,
-    "attention_k_eq_v": True,
-    "num_kv_shared_layers": 0,
-    "use_double_wide_mlp": False,
-    "use_bidirectional_attention": "vision",
-}
-
-SHAPES: dict[str, dict[str, Any]] = {
-    "e2b": _BASE,
-    "e4b": {
-        **_BASE, "num_key_value_heads": 2, "use_double_wide_mlp": False,
-        "num_hidden_layers": 8, "layer_types": [SLIDING, SLIDING, SLIDING, FULL] * 2,
-        "num_kv_shared_layers": 3,
-    },
-    "moe": {
-        **_BASE, **_LARGE, "enable_moe_block": True, "num_experts": 8, "top_k_experts": 2,
-        "moe_intermediate_size": 32,
-    },
-    "dense": {**_BASE, **_LARGE},
-    "unified": {**_BASE, **_LARGE},
-}  # fmt: skip
-"""Text configs by family member: E2B, E4B, 26B-A4B (moe), 31B (dense), 12B (unified)."""
+"""The text config: every feature of E2B, in six layers."""
 
 
 def build_tiny(
-    folder: Path, texts: Iterable[str], *, shape: str = "e2b", vocab_size: int = 1024, seed: int = 0
+    folder: Path,
+    texts: Iterable[str],
+    *,
+    text: Mapping[str, Any] = TEXT,
+    model_type: str = "gemma4",
+    vocab_size: int = 1024,
+    seed: int = 0,
 ) -> Path:
     """Write a checkpoint: config.json, model.safetensors, tokenizer files, chat template.
 
     Args:
         folder: made if it is not there.
         texts: what the tokenizer is trained on.
-        shape: a key of SHAPES.
+        text: text_config, but for the vocabulary and the types.
+        model_type: gemma4 or gemma4_unified.
         vocab_size: tokens, of which 373 are special or bytes.
         seed: for the weights.
 
@@ -119,7 +99,7 @@ def build_tiny(
     """
     folder.mkdir(parents=True, exist_ok=True)
     vocab_size = _save_tokenizer(folder, texts, vocab_size)
-    config = _config(shape, vocab_size)
+    config = _config(text, model_type, vocab_size)
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
     write_text(folder / "generation_config.json", json.dumps({"eos_token_id": [1, 106]}) + "\n")
     plan = Plan.from_config(config)
@@ -152,21 +132,15 @@ def save_weights(backbone: nn.Module, plan: Plan, folder: Path) -> None:
         mx.save_safetensors(str(partial), stored, {"format": "pt"})
 
 
-def _config(shape: str, vocab_size: int) -> dict[str, Any]:
-    unified = shape == "unified"
-    text = {
-        **SHAPES[shape],
-        "model_type": "gemma4_unified_text" if unified else "gemma4_text",
-        "vocab_size": vocab_size,
-        "vocab_size_per_layer_input": vocab_size,
-    }
-    if unified:
-        del text["hidden_size_per_layer_input"], text["vocab_size_per_layer_input"]
-    name = "Gemma4UnifiedForConditionalGeneration" if unified else "Gemma4ForConditionalGeneration"
+def _config(text: Mapping[str, Any], model_type: str, vocab_size: int) -> dict[str, Any]:
+    kind = "Gemma4Unified" if model_type == "gemma4_unified" else "Gemma4"
+    own = {"model_type": f"{model_type}_text", "vocab_size": vocab_size}
+    if "hidden_size_per_layer_input" in text:
+        own["vocab_size_per_layer_input"] = vocab_size
     return {
-        "architectures": [name],
-        "model_type": "gemma4_unified" if unified else "gemma4",
-        "text_config": text,
+        "architectures": [f"{kind}ForConditionalGeneration"],
+        "model_type": model_type,
+        "text_config": {**text, **own},
         "vision_config": None,
         "audio_config": None,
         "vocab_size": vocab_size,

@@ -1,22 +1,16 @@
-"""The tokenizer and processor of a checkpoint, prompts, and the tokens that end an answer."""
+"""The text side of a checkpoint: tokenizer, processor, prompts, and what ends an answer."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import ModelError, damaged
 from ..storage import read_json
-
-__all__ = [
-    "END_OF_TURN",
-    "TEMPLATE_ERRORS",
-    "end_tokens",
-    "load_processor",
-    "load_tokenizer",
-    "prompt_tokens",
-]
+from .download import resolve
+from .plan import Plan, read_config
 
 END_OF_TURN = "<turn|>"
 
@@ -111,3 +105,21 @@ def end_tokens(folder: Path, config: Mapping[str, Any], tokenizer: Any) -> set[i
     ids = {i for entry in named for i in (entry if isinstance(entry, list) else [entry])}
     turn = tokenizer.convert_tokens_to_ids(END_OF_TURN)
     return (ids | {turn}) - {None, tokenizer.unk_token_id}
+
+
+@dataclass(frozen=True)
+class TextSide:
+    """The plan and the tokenizer of a model."""
+
+    plan: Plan
+    tokenizer: Any
+
+
+def text_side(path_or_hub_id: str | Path) -> TextSide:
+    """Plan and tokenizer of a model; its weights are neither downloaded nor read.
+
+    Raises:
+        ModelError: not a Gemma 4, or without a tokenizer that can be read.
+    """
+    folder = resolve(path_or_hub_id, weights=False)
+    return TextSide(Plan.from_config(read_config(folder)), load_tokenizer(folder))

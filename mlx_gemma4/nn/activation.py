@@ -12,8 +12,6 @@ from typing import Any
 
 import mlx.core as mx
 
-__all__ = ["gelu_times"]
-
 
 def gelu_times(gate: mx.array, x: mx.array) -> mx.array:
     """gelu(gate) * x, with the tanh approximation (Hendrycks and Gimpel 2016, arXiv:1606.08415).

@@ -16,8 +16,6 @@ import mlx.core as mx
 
 from .mask import AttentionMask
 
-__all__ = ["attention"]
-
 _AUTO_BYTES = 8 * 2**20
 """Scores of one layer above which `auto` goes blockwise."""
 

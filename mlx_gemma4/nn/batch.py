@@ -15,8 +15,6 @@ from ..errors import DataError
 if TYPE_CHECKING:
     from ..model.ple import GatheredRows
 
-__all__ = ["Batch", "StepOptions"]
-
 _RENAMED = {"targets_BT": "targets_R", "weights_BT": "weights_R", "rows_R": "positions_R"}
 
 

@@ -10,8 +10,6 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
-__all__ = ["KeyedDropout", "draw_keys", "set_keys"]
-
 
 class KeyedDropout(nn.Module):
     """Zeroes a share `p` of its input in training mode, and scales the rest by 1 / (1 - p)."""

@@ -27,8 +27,6 @@ from .dropout import draw_keys, set_keys
 from .mask import AttentionMask
 from .remat import in_pieces, rematerialized, with_parameters
 
-__all__ = ["Model", "forward"]
-
 KV = tuple[mx.array, mx.array]
 
 _PIECE_BYTES = 2 * 2**20

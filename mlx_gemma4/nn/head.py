@@ -23,8 +23,6 @@ from .batch import Batch, StepOptions
 from .forward import Model, forward
 from .remat import in_pieces, with_parameters
 
-__all__ = ["batch_log_probs", "logits", "token_log_probs"]
-
 _CHUNK_BYTES = 8 * 2**20
 """Logits that a chunk may have; 64 targets and up, so that its products still fill a GPU."""
 
@@ -79,7 +77,9 @@ def token_log_probs(
 
 def logits(gemma: Model, hidden: mx.array) -> mx.array:
     """Logits (..., V) in float32 of final hidden states (..., D), softcapped."""
-    return _capped(_project(_head_module(gemma), hidden), gemma.plan.softcap)
+    raw = _project(_head_module(gemma), hidden).astype(mx.float32)
+    cap = gemma.plan.softcap
+    return raw if cap is None else mx.tanh(raw / cap) * cap
 
 
 def _head_module(gemma: Model) -> Any:
@@ -102,16 +102,17 @@ def _with_frozen_head(
             if grads:
                 chunk = mx.depends(chunk, [grads[-1], log_probs])
             targets_C1 = targets_R[start : start + size, None]
-            logits_CV = _project(module, chunk)
-            picked = _capped(mx.take_along_axis(logits_CV, targets_C1, axis=-1), softcap)
-            top, exps, flow = _exps_and_flow(logits_CV, softcap)
+            top, capped, exps = _capped_exps(_project(module, chunk), softcap)
             sums = exps.sum(axis=-1, keepdims=True)
-            log_probs = mx.concatenate([log_probs, (picked - top - mx.log(sums)).squeeze(-1)])
+            picked = mx.take_along_axis(capped, targets_C1, axis=-1)
+            found = (picked - top - mx.log(sums)).squeeze(-1)
+            log_probs = mx.concatenate([log_probs, found])
             # d log p / d logits = (onehot(target) - p) * slope of the cap; the one-hot part is a
             # row of the head for each target, so it is never written out.
-            rows = _head_rows(module, targets_C1.squeeze(-1)) * _slope(picked, softcap)
-            expected = _project_back(module, (flow / sums).astype(hidden_RD.dtype))
-            grads.append(expected - rows.astype(hidden_RD.dtype))
+            flow = _flow(capped, exps, 1 / sums, softcap).astype(hidden_RD.dtype)
+            own = _flow(picked, mx.ones_like(picked), mx.ones_like(picked), softcap)
+            rows = _head_rows(module, targets_C1.squeeze(-1))
+            grads.append(_project_back(module, flow) - own.astype(hidden_RD.dtype) * rows)
         return log_probs, mx.concatenate(grads, axis=0)
 
     @log_probs_and_grads.vjp
@@ -127,36 +128,40 @@ def _chunk_size(plan: Plan) -> int:
     return max(_LEAST_TARGETS, _CHUNK_BYTES // (4 * plan.vocab_size) // 64 * 64)
 
 
-def _capped(logits: mx.array, softcap: float | None) -> mx.array:
-    logits = logits.astype(mx.float32)
-    return logits if softcap is None else mx.tanh(logits / softcap) * softcap
-
-
-def _slope(capped: mx.array, softcap: float | None) -> mx.array | float:
-    """d capped / d logits."""
-    return 1.0 if softcap is None else 1 - mx.square(capped / softcap)
-
-
-def _exps_and_flow(
+def _capped_exps(
     logits_CV: mx.array, softcap: float | None
 ) -> tuple[mx.array | float, mx.array, mx.array]:
-    """(shift, exp(capped logits - shift), those times the slope of the cap), float32.
+    """(shift, softcapped logits, exp(softcapped - shift)), float32.
 
     A small cap bounds the exponent by itself, and saves the pass that finds the largest logit.
     """
     if softcap is not None and softcap <= _SAFE_EXPONENT:
-        return 0.0, *_bounded_exps(logits_CV, mx.array(softcap))
-    capped = _capped(logits_CV, softcap)
+        return 0.0, *_cap_and_exp(logits_CV, mx.array(softcap))
+    capped = logits_CV.astype(mx.float32)
+    if softcap is not None:
+        capped = mx.tanh(capped / softcap) * softcap
     top = capped.max(axis=-1, keepdims=True)
-    exps = mx.exp(capped - top)
-    return top, exps, exps * _slope(capped, softcap)
+    return top, capped, mx.exp(capped - top)
 
 
 @partial(mx.compile, shapeless=True)
-def _bounded_exps(logits_CV: mx.array, softcap: mx.array) -> tuple[mx.array, mx.array]:
-    bent = mx.tanh(logits_CV.astype(mx.float32) / softcap)
-    exps = mx.exp(bent * softcap)
-    return exps, exps * (1 - mx.square(bent))
+def _cap_and_exp(logits_CV: mx.array, softcap: mx.array) -> tuple[mx.array, mx.array]:
+    capped = mx.tanh(logits_CV.astype(mx.float32) / softcap) * softcap
+    return capped, mx.exp(capped)
+
+
+def _flow(capped: mx.array, p: mx.array, factor: mx.array, softcap: float | None) -> mx.array:
+    """p * factor * d capped / d logits."""
+    if softcap is None:
+        return p * factor
+    return _capped_flow(capped, p, factor, mx.array(1 / softcap))
+
+
+@partial(mx.compile, shapeless=True)
+def _capped_flow(
+    capped: mx.array, p: mx.array, factor: mx.array, inverse_cap: mx.array
+) -> mx.array:
+    return p * (1 - mx.square(capped * inverse_cap)) * factor
 
 
 def _is_plain(module: nn.Module) -> bool:

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-__all__ = ["AttentionMask"]
-
 
 @dataclass(frozen=True)
 class AttentionMask:

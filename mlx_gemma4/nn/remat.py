@@ -18,8 +18,6 @@ from mlx.utils import tree_map, tree_unflatten
 
 from ..model.names import flat
 
-__all__ = ["in_pieces", "rematerialized", "with_parameters"]
-
 
 def rematerialized(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` of trees of arrays, of which only inputs and outputs are kept.

@@ -7,8 +7,6 @@ import mlx.core as mx
 from ..nn.batch import Batch
 from . import Sums
 
-__all__ = ["sft"]
-
 
 def sft(log_probs_R: mx.array, batch: Batch) -> Sums:
     """-weight * log p(target), summed; the count is the sum of the weights.

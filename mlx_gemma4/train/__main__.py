@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -25,25 +26,25 @@ from ..config import (
 )
 from ..errors import ConfigError, run_command
 
-_GROUPS = {
-    RunConfig: "what is read and written",
-    DataConfig: "data",
-    TrainConfig: "training",
-    LoraConfig: "LoRA",
-}
+_PARTS = [
+    Part(RunConfig, "what is read and written"),
+    Part(DataConfig, "data"),
+    Part(TrainConfig, "training"),
+    Part(LoraConfig, "LoRA"),
+]
+_GROUPS = [part.group for part in _PARTS]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    run_config, data_config, train_config, lora_config = _settings(arguments)
+    settings, data_config, config, lora = _settings(arguments)
 
     from ..data.dataset import read
     from ..gemma import load
     from ..memory.choose import fit_settings
-    from ..memory.report import stored_weights
     from . import embedded
     from .finetune import finetune
 
-    own = run_config.model is None
+    own, model, data_folder = settings.model is None, settings.model, settings.data
     if own:
         print(
             "no --model given: training a small Gemma 4 made on this machine, on the docstrings "
@@ -51,36 +52,22 @@ def main(arguments: list[str] | None = None) -> None:
             "--model google/gemma-4-E2B-it --data my_data/",
             flush=True,
         )
-        model, data_folder = embedded.prepare()
-        data_folder = Path(run_config.data) if run_config.data else data_folder
-    else:
-        model, data_folder = run_config.model, run_config.data
+        model, docstrings = embedded.prepare()
+        data_folder = data_folder or docstrings
     gemma = load(model)
     print(gemma)
-    if run_config.fit:
-        data_config, train_config, chosen = fit_settings(
-            gemma.plan,
-            run_config.fit,
-            data_config,
-            train_config,
-            lora_config,
-            **stored_weights(gemma.loaded.config),
+    if settings.fit:
+        data_config, config = fit_settings(
+            gemma.loaded.config, settings.fit, data_config, config, lora
         )
-        print(f"--fit {run_config.fit} chooses {chosen}", flush=True)
+        chosen = f"--max-seq-length {data_config.max_seq_length} --batch-size {config.batch_size}"
+        accumulated = f"--grad-accumulation-steps {config.grad_accumulation_steps}"
+        print(f"--fit {settings.fit} chooses {chosen} {accumulated}", flush=True)
     data = read(data_folder, gemma, data_config)
     print(data)
     before = gemma.generate(embedded.PROMPT, max_tokens=40) if own else None
-    lora = None
-    if train_config.fine_tune_type == "lora":
-        lora = lora_config
-    run = finetune(
-        gemma,
-        data,
-        train_config,
-        lora=lora,
-        output=run_config.output,
-        resume=run_config.resume,
-    )
+    lora = lora if config.fine_tune_type == "lora" else None
+    run = finetune(gemma, data, config, lora=lora, output=settings.output, resume=settings.resume)
     if own:
         print(f"asked:  {embedded.PROMPT}")
         print(f"before: {before!r}")
@@ -94,15 +81,13 @@ def _tell(summary: Mapping[str, Any], model: str) -> None:
         print(f"validation loss: {summary['val_loss_before']:.3f} -> {summary['val_loss']:.3f}")
     if summary["test_loss"] is not None:
         print(f"test loss: {summary['test_loss']:.3f}")
-    forecast = summary["forecast_peak_gb"]
     print(
-        f"peak memory: {summary['peak_memory_gb']:.3f} GB"
-        + (f" (forecast {forecast:.3f})" if forecast else "")
-        + f", of which {summary['resident_before_gb']:.3f} GB were resident before the first step; "
-        f"the step was compiled {summary['compilations']} times"
+        f"peak memory: {summary['peak_memory_gb']:.3f} GB (forecast "
+        f"{summary['forecast_peak_gb']:.3f}), of which {summary['resident_before_gb']:.3f} GB were "
+        f"resident before the first step; the step was compiled {summary['compilations']} times"
     )
-    print(f"adapter: {summary['adapter']}")
     print(
+        f"adapter: {summary['adapter']}\n"
         f"try it: python -m mlx_gemma4.generate --model {model} "
         f'--adapter {summary["adapter"]} --prompt "..."'
     )
@@ -112,10 +97,10 @@ def _settings(arguments: list[str] | None) -> tuple[Any, ...]:
     values = read_arguments(
         "mlx_gemma4.train",
         __doc__,
-        [Part(group, title) for group, title in _GROUPS.items()],
+        _PARTS,
         arguments,
         usage="[--model MODEL --data DATA] [--config FILE] [settings]",
-        yaml_groups=list(_GROUPS),
+        yaml_groups=_GROUPS,
     )
     of_lora = sorted(values.keys() & flatten(LoraConfig()).keys())
     if values.get("fine_tune_type") == "full" and of_lora:
@@ -135,21 +120,15 @@ def _settings(arguments: list[str] | None) -> tuple[Any, ...]:
             wanted="a folder with train.jsonl, or a .jsonl file",
             do="give --data",
         )
-    run_config, *rest = build(list(_GROUPS), values, "the flags")
-    if run_config.output is None:
-        if run_config.resume:
+    settings, *rest = build(_GROUPS, values, "the flags")
+    if settings.output is None:
+        if settings.resume:
             raise ConfigError(
                 "--resume without --output", wanted="the folder of the run", do="give --output"
             )
-        run_config = dataclasses.replace(run_config, output=_free_folder())
-    return run_config, *rest
-
-
-def _free_folder() -> str:
-    number = 1
-    while Path(f"runs/{number}").exists():
-        number += 1
-    return f"runs/{number}"
+        free = next(name for name in map("runs/{}".format, count(1)) if not Path(name).exists())
+        settings = dataclasses.replace(settings, output=free)
+    return settings, *rest
 
 
 if __name__ == "__main__":

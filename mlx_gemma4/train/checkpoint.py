@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,9 @@ from ..gemma import Gemma4
 from ..lora.state import save_adapter
 from ..model.checkpoint import load_file, mismatches, shapes_of
 from ..model.names import flat
-from ..storage import new_file, new_folder, size
+from ..storage import new_file, new_folder, read_json, size
+from ..trust import require_harmless
 from .prefetch import Progress
-
-__all__ = ["Checkpoints"]
 
 
 class Checkpoints:
@@ -75,21 +75,28 @@ class Checkpoints:
         self._adapter.mkdir(exist_ok=True)
         for path in final.glob("adapter*"):
             with new_file(self._adapter / path.name) as partial:
-                _link(path, partial)
-        self._prune()
+                try:
+                    os.link(path, partial)
+                except OSError:  # the file system has no links
+                    shutil.copyfile(path, partial)
+        best = self.best()
+        for path in self._all()[: -self._keep]:
+            if path != best:
+                shutil.rmtree(path, ignore_errors=True)
         return final
 
     def is_best(self, val_loss: float) -> bool:
         """Whether no checkpoint that is kept has so low a validation loss."""
-        return all(val_loss < loss for _, loss in self._evaluated())
+        return all(val_loss < loss for loss in self._losses().values())
 
     def best(self) -> Path | None:
         """The checkpoint of the lowest validation loss, if any was evaluated."""
-        return min(self._evaluated(), key=lambda pair: pair[1], default=(None, 0.0))[0]
+        losses = self._losses()
+        return min(losses, key=losses.__getitem__, default=None)
 
     def newest(self) -> Path | None:
         """The checkpoint of the highest step, if there is any."""
-        return max(self._all(), key=_step_of, default=None)
+        return next(reversed(self._all()), None)
 
     def restore(self, checkpoint: Path, gemma: Gemma4, optimizer: optim.Optimizer) -> Progress:
         """Put weights and optimizer state back as they were.
@@ -98,8 +105,9 @@ class Checkpoints:
             TrainingError: a file is missing or cut short, the settings differ, or the tensors are
                 not those of this model.
         """
+        require_harmless(checkpoint, TrainingError)
         try:
-            state = json.loads((checkpoint / "state.json").read_text())
+            state = read_json(checkpoint / "state.json")
             saved = state["settings"]
             progress = Progress(int(state["step"]), int(state["next_batch"]))
             weights = load_file(checkpoint / "adapters.safetensors")
@@ -145,34 +153,14 @@ class Checkpoints:
         )
 
     def _all(self) -> list[Path]:
-        return [path for path in self._folder.glob("step-*") if path.name[5:].isdigit()]
+        """In the order of their steps."""
+        found = [path for path in self._folder.glob("step-*") if path.name[5:].isdigit()]
+        return sorted(found, key=lambda path: int(path.name[5:]))
 
-    def _evaluated(self) -> list[tuple[Path, float]]:
-        losses = [(path, _val_loss(path)) for path in self._all()]
-        return [(path, loss) for path, loss in losses if loss is not None]
-
-    def _prune(self) -> None:
-        best = self.best()
-        for path in sorted(self._all(), key=_step_of)[: -self._keep]:
-            if path != best:
-                shutil.rmtree(path, ignore_errors=True)
-
-
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name[5:])
-
-
-def _val_loss(checkpoint: Path) -> float | None:
-    try:
-        loss = json.loads((checkpoint / "state.json").read_text())["val_loss"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return loss if isinstance(loss, float) else None
-
-
-def _link(path: Path, other: Path) -> None:
-    """The same file under another name; a copy where the file system has no links."""
-    try:
-        os.link(path, other)
-    except OSError:
-        shutil.copyfile(path, other)
+    def _losses(self) -> dict[Path, float]:
+        """The validation loss of each that was evaluated, and whose state can be read."""
+        losses = {}
+        for path in self._all():
+            with suppress(OSError, ValueError, KeyError, TypeError):
+                losses[path] = json.loads((path / "state.json").read_text())["val_loss"]
+        return {path: loss for path, loss in losses.items() if isinstance(loss, float)}

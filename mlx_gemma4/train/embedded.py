@@ -14,17 +14,11 @@ from typing import Any
 
 from ..config import DataConfig, TrainConfig
 from ..data import stdlib
-from ..data.chat.encode import encode
-from ..data.chat.formats import Row
-from ..data.dataset import Dataset
-from ..data.example import Example
-from ..data.store.arrays import Examples
+from ..data.dataset import read
 from ..gemma import load
 from ..model import tiny
 from ..storage import cache_folder, new_folder
 from .finetune import finetune
-
-__all__ = ["DEFAULTS", "PROMPT", "prepare"]
 
 PROMPT = "What does get_name(self) do?"
 
@@ -54,22 +48,15 @@ _BASE_LENGTH = 129
 
 
 def prepare(cache: Path | None = None) -> tuple[Path, Path]:
-    """(model folder, data folder), built and trained if they are not cached yet.
-
-    Args:
-        cache: by default storage.cache_folder().
-    """
-    folder = (cache or cache_folder()) / f"tiny-{_fingerprint()}"
+    """(model folder, data folder) in `cache`, built and trained if they are not there yet."""
+    # Changes with the text, the shapes and the training that the base is made of.
+    made_of = [repr(_BASE), sys.version, inspect.getsource(tiny), inspect.getsource(stdlib)]
+    fingerprint = hashlib.sha256("".join(made_of).encode()).hexdigest()[:12]
+    folder = (cache or cache_folder()) / f"tiny-{fingerprint}"
     if not folder.exists():
         with new_folder(folder) as partial:
             _build(partial)
     return folder / "model", folder / "data"
-
-
-def _fingerprint() -> str:
-    """Changes with the text, the shapes or the training that the cached base is made of."""
-    made_of = [repr(_BASE), sys.version, inspect.getsource(tiny), inspect.getsource(stdlib)]
-    return hashlib.sha256("".join(made_of).encode()).hexdigest()[:12]
 
 
 def _build(folder: Path) -> None:
@@ -81,15 +68,8 @@ def _build(folder: Path) -> None:
     ]
     tiny.build_tiny(folder / "model", texts)
     gemma = load(folder / "model")
-    examples = []
-    for i in range(0, len(texts), 5):
-        row = Row("text", (), "".join(texts[i : i + 5]), f"docstrings:{i}")
-        example = encode(row, gemma.tokenizer, "all")
-        examples.append(
-            Example(example.tokens[:_BASE_LENGTH], example.mask[:_BASE_LENGTH], example.origin)
-        )
-    config = DataConfig(max_seq_length=_BASE_LENGTH)
-    data = Dataset("the standard library's docstrings", config, Examples.of(examples))
+    rows = [{"text": "".join(texts[i : i + 5])} for i in range(0, len(texts), 5)]
+    data = read(rows, gemma, DataConfig(max_seq_length=_BASE_LENGTH, overlong="truncate"))
     print(f"building a small Gemma 4 and training it on {len(texts):,} docstrings ...", flush=True)
     finetune(gemma, data, _BASE, console=False)
     tiny.save_weights(gemma.backbone, gemma.plan, folder / "model")

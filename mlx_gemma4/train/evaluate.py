@@ -16,8 +16,6 @@ from ..objectives import Objective
 from ..objectives.sft import sft
 from .prefetch import prepared
 
-__all__ = ["evaluate"]
-
 
 def evaluate(
     gemma: Gemma4,

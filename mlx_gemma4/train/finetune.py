@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +26,18 @@ from ..nn.batch import StepOptions
 from ..objectives import Objective
 from ..objectives.sft import sft
 from ..storage import write_text
-from .budget import cache_limited, run_memory
-from .callbacks import Callback, Console, MetricsFile
+from .budget import run_memory
 from .checkpoint import Checkpoints
 from .evaluate import evaluate
 from .optim import make_optimizer
 from .prefetch import Progress, training_steps
-from .run import Run
+from .run import Callback, Console, MetricsFile, Run
 from .trainer import Trainer
 
-__all__ = ["finetune"]
-
-# Settings that a resumed run may change without becoming another run.
+# Settings that a resumed run may change without becoming another run; at a constant learning
+# rate it may become longer too.
 _FREE_ON_RESUME = {
-    *("iters", "epochs", "learning_rate", "rematerialize", "memory", "attention"),
+    *("learning_rate", "rematerialize", "memory", "attention"),
     *("report_every", "eval_every", "val_batches", "save_every", "keep_checkpoints"),
 }
 
@@ -68,7 +68,11 @@ def finetune(
         DataError, TrainingError: no examples, a loss that is not finite, an output folder that
             holds another run, a checkpoint that does not fit, `lora` for a full fine-tuning.
     """
-    _require_usable(data, callbacks)
+    if not data.train:
+        raise DataError("there are no training examples", wanted="some", do="read another file")
+    if wrong := [callback for callback in callbacks if not isinstance(callback, Callback)]:
+        kind = "a subclass of mlx_gemma4.Callback"
+        raise TrainingError(f"{wrong[0]!r} is no Callback", wanted=kind, do=f"make it {kind}")
     folder = Path(output) if output else None
     newest = _claim(folder, resume) if folder else None
     _prepare(gemma, config, lora)
@@ -77,32 +81,36 @@ def finetune(
     )
     total = _total_steps(order, config)
     optimizer = make_optimizer(config, total, gemma.backbone.trainable_parameters())
-    memory = run_memory(gemma, data.train, config, order, optimizer, objective)
-    run = Run(gemma, [memory.note], output=folder)
+    layers, memory, note = run_memory(gemma, data.train, config, order, optimizer, objective)
+    run = Run(gemma, [note], output=folder)
     checkpoints, progress = _checkpoints(run, data, config, optimizer, newest)
     listeners = [Console()] * console + [*callbacks]
     if folder:
         listeners.append(MetricsFile(folder / "metrics.jsonl"))
+    validate = partial(evaluate, gemma, data.valid, data.config, config, objective)
     trainer = Trainer(
         gemma,
         training_steps(gemma, data.train, order, progress, total, config.grad_accumulation_steps),
         optimizer,
         objective,
         callbacks=listeners,
-        validate=_validation(gemma, data, config, objective),
+        validate=validate if data.valid else None,
         checkpoints=checkpoints,
-        options=StepOptions(memory.remat_layers, config.attention),
+        options=StepOptions(layers, config.attention),
         config=config,
         run=run,
     )
     resident, started = mx.get_active_memory(), time.perf_counter()
-    with cache_limited(memory.step // 2):
+    cache_limit = mx.set_cache_limit(memory.step // 2)
+    try:
         trainer.train(total)
+    finally:
+        mx.set_cache_limit(cache_limit)
     run.summary = _summary(run, data, config, objective) | {
         "seconds": time.perf_counter() - started,
         "resident_before_gb": resident / 1e9,
         "compilations": trainer.step.compilations,
-        "rematerialized_layers": memory.remat_layers,
+        "rematerialized_layers": layers,
         "forecast_peak_gb": memory.peak / 1e9,
     }
     if folder:
@@ -110,30 +118,18 @@ def finetune(
     return run
 
 
-def _require_usable(data: Dataset, callbacks: Sequence[Callback]) -> None:
-    if not data.train:
-        raise DataError("there are no training examples", wanted="some", do="read another file")
-    for callback in callbacks:
-        if not isinstance(callback, Callback):
-            raise TrainingError(
-                f"{callback!r} is no Callback",
-                wanted="objects of subclasses of mlx_gemma4.Callback",
-                do="derive its class from mlx_gemma4.Callback",
-            )
-
-
 def _checkpoints(
-    run: Run,
-    data: Dataset,
-    config: TrainConfig,
-    optimizer: optim.Optimizer,
-    newest: Path | None,
+    run: Run, data: Dataset, config: TrainConfig, optimizer: optim.Optimizer, newest: Path | None
 ) -> tuple[Checkpoints | None, Progress]:
     """Where the run saves, and where it begins: at the newest checkpoint, if there is one."""
     if run.output is None:
         return None, Progress()
-    settings = _settings(run.gemma, data, config)
-    fixed = _fixed_on_resume(settings) | {"examples": len(data.train)}
+    settings = flatten(config, data.config, *([run.gemma.lora] if run.gemma.lora else []))
+    settings |= {"model": run.gemma.name, "data": data.source}
+    # A schedule that falls ends with the run.
+    free = _FREE_ON_RESUME | ({"iters", "epochs"} if config.lr_schedule == "constant" else set())
+    fixed = {key: value for key, value in settings.items() if key not in free}
+    fixed["examples"] = len(data.train)
     checkpoints, progress = Checkpoints(run.output, config.keep_checkpoints, fixed), Progress()
     run.notes.append(checkpoints.note(run.gemma, optimizer))
     if newest:
@@ -143,14 +139,6 @@ def _checkpoints(
     settings["output"] = str(run.output)
     write_text(run.output / "config.yaml", yaml.safe_dump(settings))
     return checkpoints, progress
-
-
-def _validation(
-    gemma: Gemma4, data: Dataset, config: TrainConfig, objective: Objective
-) -> Callable[[], float] | None:
-    if not data.valid:
-        return None
-    return lambda: evaluate(gemma, data.valid, data.config, config, objective)
 
 
 def _claim(output: Path, resume: bool) -> Path | None:
@@ -183,9 +171,9 @@ def _prepare(gemma: Gemma4, config: TrainConfig, lora: LoraConfig | None) -> Non
     """Say what trains, with LoRA's random start from the run's seed."""
     if config.fine_tune_type == "full":
         if gemma.lora is not None or lora is not None:
+            found = "lora is given" if gemma.lora is None else "the model carries LoRA layers"
             raise TrainingError(
-                "fine_tune_type is full, and "
-                + ("lora is given" if gemma.lora is None else "the model carries LoRA layers"),
+                f"fine_tune_type is full, and {found}",
                 wanted="LoRA or full fine-tuning",
                 do="leave out lora, and load the model without adapter; or set fine_tune_type lora",
             )
@@ -202,35 +190,20 @@ def _total_steps(order: BatchOrder, config: TrainConfig) -> int:
     return max(1, math.ceil(batches / config.grad_accumulation_steps))
 
 
-def _settings(gemma: Gemma4, data: Dataset, config: TrainConfig) -> dict[str, Any]:
-    """Every setting of the run, as config.yaml holds them."""
-    groups = [config, data.config, *([gemma.lora] if gemma.lora else [])]
-    return flatten(*groups) | {"model": gemma.name, "data": data.source}
-
-
-def _fixed_on_resume(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that a resumed run must share; a schedule that falls ends with the run."""
-    falling = settings["lr_schedule"] != "constant"
-    free = _FREE_ON_RESUME - ({"iters", "epochs"} if falling else set())
-    return {key: value for key, value in settings.items() if key not in free}
-
-
 def _read_metrics(path: Path, last_step: int) -> list[dict[str, Any]]:
     """The reports up to a step; a line that was cut short when the run was stopped is left out."""
     reports = []
     for line in path.read_text().splitlines() if path.exists() else []:
-        try:
+        with suppress(ValueError):
             reports.append(json.loads(line))
-        except ValueError:
-            continue
     return [report for report in reports if report["step"] <= last_step]
 
 
 def _summary(run: Run, data: Dataset, config: TrainConfig, objective: Objective) -> dict[str, Any]:
-    def last(key: str) -> list[float]:
-        return [report[key] for report in run.history if report[key] is not None]
-
-    trained, validated = last("loss"), last("val_loss")
+    trained, validated = (
+        [report[key] for report in run.history if report[key] is not None]
+        for key in ("loss", "val_loss")
+    )
     trainable = flat(run.gemma.backbone.trainable_parameters())
     test = evaluate(run.gemma, data.test, data.config, config, objective) if data.test else None
     return {

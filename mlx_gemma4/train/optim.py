@@ -11,8 +11,6 @@ import mlx.optimizers as optim
 from ..config import TrainConfig
 from ..model.names import flat
 
-__all__ = ["make_optimizer", "make_schedule"]
-
 Schedule = Callable[[mx.array], mx.array]
 
 

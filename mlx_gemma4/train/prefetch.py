@@ -12,16 +12,12 @@ import numpy as np
 
 from ..data.batch.collate import collate_alike
 from ..data.batch.order import BatchOrder, Rows
-from ..data.example import Example
-from ..data.store.arrays import lengths_of
+from ..data.example import Example, Examples
 from ..gemma import Gemma4
 from ..model.ple import GatheredRows
 from ..nn.batch import Batch
 
-__all__ = ["Progress", "Step", "prepared", "training_steps"]
-
 Tag = TypeVar("Tag")
-_Built = list[tuple[Batch, GatheredRows | None]]
 
 
 @dataclass(frozen=True)
@@ -56,7 +52,7 @@ def training_steps(
     accumulation: int = 1,
 ) -> Iterator[Step]:
     """The steps of a run after `start`, up to step `total`, with `accumulation` batches each."""
-    lengths = lengths_of(examples)
+    lengths = Examples.of(examples).lengths
 
     def rows_of_steps() -> Iterator[tuple[tuple[int, Progress], list[Rows]]]:
         stream = order.batches(start.next_batch)
@@ -80,25 +76,16 @@ def prepared(
         steps: for each step anything, which is handed on, and the rows of its batches.
     """
 
-    def build(batches: Sequence[Rows]) -> _Built:
+    source = gemma.loaded.ple_rows
+
+    def build(batches: Sequence[Rows]) -> list[tuple[Batch, GatheredRows | None]]:
         """On the other thread: reads examples and PLE rows, and leaves the device alone."""
         built = collate_alike([[[examples[i] for i in row] for row in rows] for rows in batches])
-        source = gemma.loaded.ple_rows
-        return [
-            (batch, source.gather(np.asarray(batch.tokens_BT)) if source else None)
-            for batch in built
-        ]
+        return [(b, source.gather(np.asarray(b.tokens_BT)) if source else None) for b in built]
 
     with ThreadPoolExecutor(max_workers=1) as worker:
-        waiting = None
-        for tag, batches in steps:
-            ahead = tag, worker.submit(build, batches)
-            if waiting is not None:
-                yield waiting[0], _finish(gemma, waiting[1].result())
-            waiting = ahead
-        if waiting is not None:
-            yield waiting[0], _finish(gemma, waiting[1].result())
-
-
-def _finish(gemma: Gemma4, built: _Built) -> list[Batch]:
-    return [batch.with_ple_rows(gemma, gathered) for batch, gathered in built]
+        submitted = ((tag, worker.submit(build, batches)) for tag, batches in steps)
+        following = next(submitted, None)
+        while following:
+            (tag, built), following = following, next(submitted, None)
+            yield tag, [batch.with_ple_rows(gemma, rows) for batch, rows in built.result()]

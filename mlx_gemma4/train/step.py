@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib.metadata import version
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -14,13 +14,12 @@ from mlx.utils import tree_map
 
 from ..errors import TrainingError
 from ..gemma import Gemma4
+from ..memory.estimate import COMPILES
 from ..model.names import flat
 from ..nn.batch import Batch, StepOptions
 from ..nn.head import batch_log_probs
 from ..objectives import Objective, Sums
 from ..objectives.sft import sft
-
-__all__ = ["COMPILES", "CompiledStep", "gradients", "loss_and_grads", "train_step"]
 
 
 def loss_and_grads(
@@ -101,29 +100,21 @@ def train_step(
         The sums of all batches together, and the norm of the mean gradient where it was asked
         for; not yet evaluated.
     """
-    totals: Any = None
-    grads: Any = None
-    keys: Any = None if options.key is None else mx.random.split(options.key, len(batches))
-    for i, batch in enumerate(batches):
-        if grads is not None:
-            # One batch's activations are alive at a time.
-            tokens = mx.depends(batch.tokens_BT, [totals.loss, *flat(grads).values()])
-            batch = replace(batch, tokens_BT=tokens)
-        own = replace(options, key=None if keys is None else keys[i])
-        sums, added = gradients(gemma, batch, objective, own)
-        if totals is not None:
-            sums = Sums(*tree_map(mx.add, _fields(totals), _fields(sums)))
-        totals = sums
-        grads = added if grads is None else tree_map(mx.add, grads, added)
+    count = len(batches)
+    keys = [None] * count if options.key is None else [*mx.random.split(options.key, count)]
+    totals, grads = gradients(gemma, batches[0], objective, replace(options, key=keys[0]))
+    for batch, key in zip(batches[1:], keys[1:]):
+        # One batch's activations are alive at a time.
+        tokens = mx.depends(batch.tokens_BT, [totals.loss, *flat(grads).values()])
+        batch, options = replace(batch, tokens_BT=tokens), replace(options, key=key)
+        sums, added = gradients(gemma, batch, objective, options)
+        totals = Sums(*tree_map(mx.add, _fields(totals), _fields(sums)))
+        grads = tree_map(mx.add, grads, added)
     means, norm = tree_map(lambda grad: grad / totals.count, grads), None
     if max_grad_norm is not None:
         means, norm = optim.clip_grad_norm(means, max_grad_norm)
     optimizer.update(gemma.backbone, means)
     return totals, norm
-
-
-COMPILES = tuple(map(int, version("mlx").split(".")[:2])) >= (0, 32)
-"""MLX 0.31's compile fails where a learning rate is 0, and gets dropout wrong."""
 
 
 class CompiledStep:
@@ -145,8 +136,10 @@ class CompiledStep:
         options: StepOptions = StepOptions(),
         max_grad_norm: float | None = None,
     ):
-        self._gemma, self._optimizer = gemma, optimizer
-        self._objective, self._options, self._max_grad_norm = objective, options, max_grad_norm
+        self._gemma, self._optimizer, self._options = gemma, optimizer, options
+        self._plain = partial(
+            train_step, gemma, optimizer, objective=objective, max_grad_norm=max_grad_norm
+        )
         self._compiled = mx.compile(self._pure) if COMPILES else self._pure
         self.compilations = 0
 
@@ -171,12 +164,6 @@ class CompiledStep:
         backbone, optimizer = self._gemma.backbone, self._optimizer
         backbone.update(parameters)
         optimizer.state = state
-        sums, norm = train_step(
-            self._gemma,
-            optimizer,
-            [Batch(**fields) for fields in batches],
-            self._objective,
-            replace(self._options, key=key),
-            self._max_grad_norm,
-        )
+        options = replace(self._options, key=key)
+        sums, norm = self._plain([Batch(**fields) for fields in batches], options=options)
         return _fields(sums), norm, backbone.trainable_parameters(), optimizer.state

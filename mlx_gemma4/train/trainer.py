@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -17,13 +18,10 @@ from ..gemma import Gemma4
 from ..nn.batch import StepOptions
 from ..objectives import Objective, Sums
 from ..objectives.sft import sft
-from .callbacks import Callback
 from .checkpoint import Checkpoints
 from .prefetch import Progress, Step
-from .run import Run
+from .run import Callback, Run
 from .step import CompiledStep
-
-__all__ = ["Trainer"]
 
 
 class Trainer:
@@ -64,6 +62,7 @@ class Trainer:
         self.config, self.run = config, run or Run(gemma)
         self.step = CompiledStep(gemma, optimizer, objective, options, config.max_grad_norm)
         self._meter = _Meter()
+        mx.reset_peak_memory()
 
     def train(self, total: int) -> Run:
         """Take the steps, up to number `total`.
@@ -76,16 +75,15 @@ class Trainer:
             callback.start(run, run.step, total)
         try:
             if not run.step:
-                self._report(self._validated())
+                self._report(self.validate() if self.validate else None)
             for step in self.steps:
                 self._take(step)
                 last = run.step == total or run.stopped is not None
                 evaluated = last or run.step % config.eval_every == 0
-                val_loss = self._validated() if evaluated else None
+                val_loss = self.validate() if self.validate and evaluated else None
                 if evaluated or run.step % config.report_every == 0:
                     self._report(val_loss)
-                if self._is_to_be_saved(val_loss, last):
-                    self._save(step.progress, val_loss)
+                self._save(step.progress, val_loss, last)
                 if last:
                     break
         finally:
@@ -101,65 +99,46 @@ class Trainer:
         random = np.random.SeedSequence([self.config.seed, number]).generate_state(1)[0]
         sums, norm = self.step(step.batches, mx.random.key(int(random)))
         # One step at a time on the device: the next one's memory would add to this one's.
-        mx.eval(
-            sums.loss,
-            sums.count,
-            sums.metrics,
-            norm,
-            self.gemma.backbone.trainable_parameters(),
-            self.optimizer.state,
-        )
+        mx.eval(vars(sums), norm, self.gemma.backbone.trainable_parameters(), self.optimizer.state)
         loss, count = float(sums.loss), float(sums.count)
         if not math.isfinite(loss):
-            raise self._not_finite(loss, number)
+            newest = self.checkpoints.newest() if self.checkpoints else None
+            raise TrainingError(
+                f"the loss of step {number} is {loss}" + (f"; {newest} is kept" if newest else ""),
+                wanted="a finite loss",
+                do="lower the learning rate" + (" and resume" if newest else ""),
+            )
         self.run.step = number
         self._meter.add(sums, norm, step.num_tokens)
         for callback in self.callbacks:
             callback.advance(number, loss / count)
 
-    def _validated(self) -> float | None:
-        return self.validate() if self.validate else None
-
     def _report(self, val_loss: float | None) -> None:
         rate = float(self.optimizer.learning_rate)
-        metrics = {"step": self.run.step, **self._meter.take(val_loss, rate)}
+        metrics = {"step": self.run.step, **self._meter.line(val_loss, rate)}
+        self._meter = _Meter()
         self.run.history.append(metrics)
         for callback in self.callbacks:
             callback.report(metrics)
 
-    def _is_to_be_saved(self, val_loss: float | None, last: bool) -> bool:
+    def _save(self, progress: Progress, val_loss: float | None, last: bool) -> None:
+        """Save where that is due: every so many steps, the best so far, and the last."""
         if self.checkpoints is None:
-            return False
+            return
         best = val_loss is not None and self.checkpoints.is_best(val_loss)
-        return last or best or self.run.step % self.config.save_every == 0
-
-    def _save(self, progress: Progress, val_loss: float | None) -> None:
-        assert self.checkpoints is not None
-        saved = self.checkpoints.save(self.gemma, self.optimizer, progress, val_loss)
-        for callback in self.callbacks:
-            callback.saved(saved)
-
-    def _not_finite(self, loss: float, step: int) -> TrainingError:
-        newest = self.checkpoints.newest() if self.checkpoints else None
-        kept = f"; {newest} is kept" if newest else ""
-        return TrainingError(
-            f"the loss of step {step} is {loss}{kept}",
-            wanted="a finite loss",
-            do="lower the learning rate" + (" and resume" if newest else ""),
-        )
+        if last or best or progress.step % self.config.save_every == 0:
+            saved = self.checkpoints.save(self.gemma, self.optimizer, progress, val_loss)
+            for callback in self.callbacks:
+                callback.saved(saved)
 
 
 class _Meter:
     """Sums since the last report; tokens are those of the examples, without padding."""
 
     def __init__(self) -> None:
-        mx.reset_peak_memory()
-        self._clear()
-
-    def _clear(self) -> None:
         self._loss, self._count, self._tokens = 0.0, 0.0, 0
         self._norm: float | None = None
-        self._metrics: dict[str, float] = {}
+        self._metrics: defaultdict[str, float] = defaultdict(float)
         self._since, self._seconds = time.perf_counter(), 0.0
 
     def add(self, sums: Sums, norm: mx.array | None, tokens: int) -> None:
@@ -169,10 +148,10 @@ class _Meter:
         self._seconds = time.perf_counter() - self._since
         self._norm = None if norm is None else float(norm)
         for name, value in sums.metrics.items():
-            self._metrics[name] = self._metrics.get(name, 0.0) + float(value)
+            self._metrics[name] += float(value)
 
-    def take(self, val_loss: float | None, learning_rate: float) -> dict[str, Any]:
-        """A line of metrics since the last; `grad_norm` is the last step's, before clipping."""
+    def line(self, val_loss: float | None, learning_rate: float) -> dict[str, Any]:
+        """Of metrics.jsonl; `grad_norm` is the last step's, before clipping."""
         metrics: dict[str, Any] = {
             "loss": self._loss / self._count if self._count else None,
             "val_loss": val_loss,
@@ -183,6 +162,4 @@ class _Meter:
         }
         if self._norm is not None:
             metrics["grad_norm"] = self._norm
-        metrics |= {name: value / self._count for name, value in self._metrics.items()}
-        self._clear()
-        return metrics
+        return metrics | {name: value / self._count for name, value in self._metrics.items()}

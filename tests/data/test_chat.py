@@ -6,9 +6,9 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from helpers import encode
 
 import mlx_gemma4 as g4
-from mlx_gemma4.data.chat.encode import encode
 from mlx_gemma4.data.chat.formats import Row
 from mlx_gemma4.errors import DataError
 from mlx_gemma4.model.tiny import CHAT_TEMPLATE
@@ -147,7 +147,7 @@ def test_a_generation_prompt_that_is_no_prefix_does_not_shift_the_mask(tokenizer
 
 def test_a_conversation_without_an_answer_is_refused(tokenizer):
     error = refused(chat(("system", "Be short."), ("user", "Hi")), tokenizer)
-    assert error.found == "rows.jsonl:7 has no target token"
+    assert error.found == "rows.jsonl:7: has no target token"
     assert error.wanted == "an assistant turn to learn"
 
 
@@ -184,7 +184,7 @@ def test_a_second_bos_is_refused(tokenizer, where):
     turns = (("system", "Be short."), ("user", "Hi"), ("assistant", "c"))
     row = chat(*((role, text + "<bos>" * (role == where)) for role, text in turns))
     error = refused(row, tokenizer)
-    assert error.found == "rows.jsonl:7 has 2 <bos> tokens when rendered"
+    assert error.found == "rows.jsonl:7: has 2 <bos> tokens when rendered"
     assert error.do == "remove <bos> from the row's text"
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from helpers import encode
 from styles import MARKS_GENERATION
 
-from mlx_gemma4.data.chat.encode import encode
 from mlx_gemma4.data.chat.formats import Row
 from mlx_gemma4.errors import DataError
 from mlx_gemma4.model.tiny import CHAT_TEMPLATE
@@ -136,7 +136,7 @@ def test_a_template_that_answers_in_the_users_name_is_refused(tokenizer):
 
 def test_a_template_without_bos_is_refused(tokenizer):
     error = refused(tokenizer, CHAT_TEMPLATE.replace("{{- bos_token -}}", ""))
-    assert error.found == "rows.jsonl:7 has 0 <bos> tokens when rendered"
+    assert error.found == "rows.jsonl:7: has 0 <bos> tokens when rendered"
     assert error.do == "use Gemma 4's template"
 
 

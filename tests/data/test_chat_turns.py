@@ -7,10 +7,9 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from helpers import encode_together
+from helpers import encode, encode_together
 from styles import EMPTY_THOUGHT_PROMPT, MARKS_GENERATION, STRIPS_EARLIER_THOUGHTS
 
-from mlx_gemma4.data.chat.encode import encode
 from mlx_gemma4.data.chat.formats import Row
 from mlx_gemma4.errors import DataError
 from mlx_gemma4.model.tiny import CHAT_TEMPLATE
@@ -234,7 +233,7 @@ def test_a_turn_of_weight_0_is_no_target(tokenizer):
     all_of_it = encode(row(*turns), tokenizer, "all")
     assert tokenizer.decode(all_of_it.tokens[~all_of_it.mask]) == "b<turn|>"
     turns[3]["train"] = False
-    assert refused(row(*turns), tokenizer).found == "rows.jsonl:7 has no target token"
+    assert refused(row(*turns), tokenizer).found == "rows.jsonl:7: has no target token"
 
 
 @pytest.mark.parametrize("template", [None, MARKS_GENERATION])
@@ -264,7 +263,7 @@ def test_a_text_row_has_one_bos_and_one_eos(tokenizer, text):
 
 def test_a_bos_within_a_text_row_is_refused(tokenizer):
     error = refused(Row("text", (), "Open <bos> it.", "rows.jsonl:1"), tokenizer)
-    assert error.found == "rows.jsonl:1 has 2 <bos> tokens when rendered"
+    assert error.found == "rows.jsonl:1: has 2 <bos> tokens when rendered"
 
 
 def test_media_are_refused(tokenizer):

@@ -24,7 +24,7 @@ from mlx_gemma4.data.store import cache
 from mlx_gemma4.data.store.cache import cached
 from mlx_gemma4.data.store.workers import Workers
 from mlx_gemma4.errors import DataError
-from mlx_gemma4.model.text import TextSide, text_side
+from mlx_gemma4.model.tokenizer import TextSide, text_side
 
 ROWS = [
     {"messages": [{"role": "user", "content": f"What is {i}?"},
@@ -53,6 +53,9 @@ def builds(tmp_path, monkeypatch) -> list[str]:
     class Here:
         def __init__(self, task):
             self._task = task
+
+        def __enter__(self):
+            return self
 
         def __exit__(self, *_):
             pass
@@ -140,7 +143,7 @@ def test_another_template_or_tokenizer_is_another_entry(path, side, builds):
     assert not same(after[0].train, after[1].train)
 
 
-@pytest.mark.parametrize("name", ["tokens.bin", "starts.npy", "facts.json"])
+@pytest.mark.parametrize("name", ["tokens.bin", "lengths.npy", "facts.json"])
 def test_a_damaged_entry_is_built_again(path, side, builds, tmp_path, name):
     before = read(path, side)
     (file,) = (tmp_path / "cache" / "tokens").glob(f"*/{name}")
@@ -155,7 +158,7 @@ def test_a_bad_row_leaves_nothing_behind(path, side, builds, tmp_path):
     with path.open("a") as file:
         file.write("broken\n")
     for _ in range(2):
-        with pytest.raises(DataError, match=r"rows.jsonl:61 is not JSON"):
+        with pytest.raises(DataError, match=r"rows.jsonl:61: is not JSON"):
             read(path, side)
     assert builds == ["built"] * 2
     assert not [p for p in (tmp_path / "cache" / "tokens").iterdir() if p.is_dir()]
@@ -257,7 +260,7 @@ def test_the_first_bad_row_of_all_chunks_is_told(path, side):
     lines[30] = lines[50] = b"broken"
     path.write_bytes(b"\n".join(lines))
     task = Task(side.tokenizer, side.plan.vocab_size, DataConfig())
-    with Workers(task, 2) as workers, pytest.raises(DataError, match="rows:31 is not JSON"):
+    with Workers(task, 2) as workers, pytest.raises(DataError, match="rows:31: is not JSON"):
         list(workers.encode(chunks_of(path)))
 
 
@@ -277,7 +280,7 @@ def test_workers_start_from_a_script_without_a_guard_and_from_no_script_at_all(
     """A notebook has no file to import again; what multiprocessing spawns would need one."""
     script = (
         "import mlx_gemma4.data.dataset as dataset\n"
-        "from mlx_gemma4.model.text import text_side\n"
+        "from mlx_gemma4.model.tokenizer import text_side\n"
         "dataset.SMALL = 0\n"
         f"data = dataset.read({str(path)!r}, text_side({str(tiny)!r}))\n"
         "print(len(data))\n"
@@ -304,9 +307,7 @@ def code(tmp_path, monkeypatch) -> Path:
     return copied
 
 
-@pytest.mark.parametrize(
-    "name", ["inspect/show.py", "inspect/report.py", "dataset.py", "batch/order.py", "__main__.py"]
-)
+@pytest.mark.parametrize("name", ["inspect.py", "dataset.py", "batch/order.py", "__main__.py"])
 def test_code_that_decides_no_token_is_not_in_the_key(code, side, name):
     task = Task(side.tokenizer, side.plan.vocab_size, DataConfig())
     before = cache.tokens_key(task)

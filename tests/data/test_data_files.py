@@ -16,7 +16,7 @@ from mlx_gemma4.config import DataConfig
 from mlx_gemma4.data.dataset import read
 from mlx_gemma4.data.read.files import DataFile, find_files
 from mlx_gemma4.errors import DataError
-from mlx_gemma4.model.text import text_side
+from mlx_gemma4.model.tokenizer import text_side
 
 ROWS = [
     {"prompt": "Open the file, please", "completion": 'It is "open", é 🙂\nand read.'},
@@ -318,6 +318,9 @@ class OneWorker:
 
     def __init__(self, task):
         self._task = task
+
+    def __enter__(self):
+        return self
 
     def __exit__(self, *_):
         pass

@@ -17,9 +17,9 @@ from mlx_gemma4.data.batch.collate import collate
 from mlx_gemma4.data.batch.order import BatchOrder
 from mlx_gemma4.data.dataset import Dataset, read
 from mlx_gemma4.data.example import Example
-from mlx_gemma4.data.inspect.show import Shown
+from mlx_gemma4.data.inspect import Shown
 from mlx_gemma4.errors import DataError, run_command
-from mlx_gemma4.model.text import text_side
+from mlx_gemma4.model.tokenizer import text_side
 
 NASTY = "</div><script>alert('&')</script> \x1b[31mred\x07 ⟦é🙂"
 
@@ -42,7 +42,7 @@ def test_the_figures(data, tmp_path):
     assert figures == json.loads(json.dumps(figures))
     assert figures["shapes"] == {"chat": 5, "completions": 1, "text": 1}
     assert (figures["rows"], figures["overlong_skipped"], figures["bad"]) == (8, 1, 1)
-    assert f"{tmp_path / 'rows' / 'train.jsonl'}:6 is not JSON" in figures["bad_rows"][0]
+    assert f"{tmp_path / 'rows' / 'train.jsonl'}:6: is not JSON" in figures["bad_rows"][0]
     assert train["examples"] == len(data) == 4
     assert train["tokens"] == sum(map(len, data))
     assert train["targets"] == sum(example.num_targets for example in data)
@@ -137,7 +137,7 @@ def test_the_command_tells_what_a_person_wants_to_know(run, data):
         "train: 4 examples",
         "1 over 200 tokens skipped",
         "1 that cannot be used skipped",
-        "train.jsonl:6 is not JSON",
+        "train.jsonl:6: is not JSON",
         f"longest {max(map(len, data))} at {max(data, key=len).origin}",
         "duplicates: 1 in train, 1 in valid",
         "in both train and valid: 1  <- evaluated on what is trained on",

@@ -77,7 +77,7 @@ def test_an_overlong_example_is_refused_by_line_with_what_to_do(tmp_path, gemma)
     error = refused(
         tmp_path, gemma, g4.DataConfig(max_seq_length=20, overlong="error"), train=[SHORT, LONG]
     )
-    assert "train.jsonl:2 has " in error.found
+    assert "train.jsonl:2: has " in error.found
     assert error.wanted == "at most max_seq_length, 20"
     assert error.do == "raise max_seq_length, or set overlong to skip or truncate"
 
@@ -118,7 +118,7 @@ def test_a_cut_that_leaves_no_target_drops_the_example_and_says_so(tmp_path, gem
 def test_skipping_all_examples_is_an_error_with_their_number(tmp_path, gemma):
     config = g4.DataConfig(max_seq_length=20, overlong="skip")
     error = refused(tmp_path, gemma, config, train=[LONG, LONG])
-    assert "train.jsonl holds no example (2 were too long)" in error.found
+    assert "train.jsonl holds no example (2 were too long, 0 cannot be used)" in error.found
     assert "raise max_seq_length" in error.do
 
 
@@ -149,19 +149,19 @@ def test_a_token_outside_the_vocabulary_is_an_error(tmp_path, gemma):
     smaller = dataclasses.replace(gemma.plan, vocab_size=highest)
     loaded = dataclasses.replace(gemma.loaded, plan=smaller)
     error = refused(tmp_path, dataclasses.replace(gemma, loaded=loaded), train=[SHORT, LONG])
-    assert f"train.jsonl:2 has the token id {highest}" in error.found
+    assert f"train.jsonl:2: has the token id {highest}" in error.found
     assert error.wanted == f"ids below {highest}, the model's vocabulary"
     assert error.do == "use the tokenizer of the checkpoint"
 
 
 def test_the_first_bad_row_of_any_split_is_an_error(tmp_path, gemma):
     error = refused(tmp_path, gemma, train=[SHORT], test=[SHORT, {"txt": "a"}])
-    assert "test.jsonl:2 has the keys txt" in error.found
+    assert "test.jsonl:2: has the keys txt" in error.found
 
 
 def test_a_row_without_an_answer_is_an_error_by_line(tmp_path, gemma):
     error = refused(tmp_path, gemma, train=[SHORT, {"messages": CHAT[0]["messages"][:1]}])
-    assert "train.jsonl:2 has no target token" in error.found
+    assert "train.jsonl:2: has no target token" in error.found
 
 
 @pytest.mark.parametrize(

@@ -138,13 +138,13 @@ def test_messages_that_are_no_turns(tmp_path, messages):
 @pytest.mark.parametrize("role", ["bot", "model", None, 3, ["user"]])
 def test_a_wrong_role_is_shown_with_the_known_ones(tmp_path, role):
     error = refused(tmp_path, {"messages": [TURNS[0], {"role": role, "content": "a"}]})
-    assert f"turn 2 has role {role!r}" in error.found
+    assert f"turn 2: has role {role!r}" in error.found
     assert error.wanted == "a role of system, user, assistant, tool"
 
 
 @pytest.mark.parametrize("turn", ["Hi", None, ["user", "Hi"]])
 def test_a_turn_that_is_no_object(tmp_path, turn):
-    assert f"turn 1 has role {turn!r}" in refused(tmp_path, {"messages": [turn]}).found
+    assert f"turn 1: has role {turn!r}" in refused(tmp_path, {"messages": [turn]}).found
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_a_turn_that_is_no_object(tmp_path, turn):
 )
 def test_a_turn_without_text_content(tmp_path, turn):
     error = refused(tmp_path, {"messages": [TURNS[0], turn]})
-    assert "turn 2 (assistant) has no text content" in error.found
+    assert "turn 2 (assistant): has no text content" in error.found
     assert error.wanted == "content as text, or a list of parts with text"
 
 

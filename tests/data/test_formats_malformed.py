@@ -16,7 +16,7 @@ import pytest
 
 from mlx_gemma4.data import __main__ as command
 from mlx_gemma4.errors import run_command
-from mlx_gemma4.model.text import text_side
+from mlx_gemma4.model.tokenizer import text_side
 
 GOOD = b'{"prompt": "Hi", "completion": "Hello"}\n'
 USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
@@ -83,47 +83,50 @@ LINES = {
     "turns that are an object": (b'{"messages": {"role": "user"}}', "messages is empty or no list"),
     "turns that are null": (b'{"messages": null}', "messages is empty or no list"),
     "turns that are no JSON": (b'{"messages": "Hi"}', "messages is text that is not JSON"),
-    "a turn that is text": (chat("Hi"), "turn 1 has role 'Hi'"),
-    "a turn that is null": (chat(None), "turn 1 has role None"),
-    "a wrong role": (chat(USER, {**ANSWER, "role": "bot"}), "turn 2 has role 'bot'"),
-    "a role that is of type list": (chat({**USER, "role": ["user"]}), "turn 1 has role ['user']"),
-    "no role": (chat({"content": "Hi"}), "turn 1 has role None"),
+    "a turn that is text": (chat("Hi"), "turn 1: has role 'Hi'"),
+    "a turn that is null": (chat(None), "turn 1: has role None"),
+    "a wrong role": (chat(USER, {**ANSWER, "role": "bot"}), "turn 2: has role 'bot'"),
+    "a role that is of type list": (chat({**USER, "role": ["user"]}), "turn 1: has role ['user']"),
+    "no role": (chat({"content": "Hi"}), "turn 1: has role None"),
     "a ShareGPT speaker unknown": (
         b'{"conversations": [{"from": "alice", "value": "Hi"}]}',
-        "turn 1 has role 'alice'",
+        "turn 1: has role 'alice'",
     ),
     "ShareGPT without value": (
         b'{"conversations": [{"from": "human"}, {"from": "gpt", "value": "a"}]}',
-        "turn 1 (user) has no text content",
+        "turn 1 (user): has no text content",
     ),
-    "content that is a number": (chat({**USER, "content": 3}), "turn 1 (user) has no text"),
-    "no content": (chat(USER, {"role": "assistant"}), "turn 2 (assistant) has no text"),
-    "parts that are texts": (chat({**USER, "content": ["Hi"]}), "turn 1 (user) has no text"),
-    "no parts": (chat({**USER, "content": []}), "turn 1 (user) has no text"),
+    "content that is a number": (chat({**USER, "content": 3}), "turn 1 (user): has no text"),
+    "no content": (chat(USER, {"role": "assistant"}), "turn 2 (assistant): has no text"),
+    "parts that are texts": (chat({**USER, "content": ["Hi"]}), "turn 1 (user): has no text"),
+    "no parts": (chat({**USER, "content": []}), "turn 1 (user): has no text"),
     "an unknown part": (chat({**USER, "content": [{"type": "pdf"}]}), "part of type 'pdf'"),
-    "a part without text": (chat({**USER, "content": [{"type": "text"}]}), "turn 1 has text None"),
-    "two users in turn": (chat(USER, USER, ANSWER), "turn 2 (user) follows user"),
-    "two answers in turn": (chat(USER, ANSWER, ANSWER), "turn 3 (assistant) follows assistant"),
-    "the answer first": (chat(ANSWER, USER), "turn 1 (assistant) is the first"),
+    "a part without text": (
+        chat({**USER, "content": [{"type": "text"}]}),
+        "turn 1 (user): has text None",
+    ),
+    "two users in turn": (chat(USER, USER, ANSWER), "turn 2 (user): follows user"),
+    "two answers in turn": (chat(USER, ANSWER, ANSWER), "turn 3 (assistant): follows assistant"),
+    "the answer first": (chat(ANSWER, USER), "turn 1 (assistant): is the first"),
     "a system turn late": (
         chat(USER, ANSWER, {"role": "system", "content": "a"}),
-        "turn 3 (system) follows assistant",
+        "turn 3 (system): follows assistant",
     ),
     "two system turns": (
         chat(*[{"role": "system", "content": "a"}] * 2, USER, ANSWER),
-        "turn 2 (system) follows system",
+        "turn 2 (system): follows system",
     ),
     "a tool's answer to nothing": (
         chat(USER, ANSWER, {"role": "tool", "content": "5"}),
-        "turn 2 calls no tool",
+        "turn 3 (tool): answers turn 2, which calls no tool",
     ),
     "no answer": (chat(USER), "has no target token"),
     "a call without name": (calling({"function": {"arguments": {}}}), "without the name"),
     "a call that is text": (calling("f()"), "without the name"),
     "arguments that are a list": (calling(named([1])), "the arguments of f are a list"),
     "arguments that are no JSON": (calling(named("{a: 1}")), "the arguments of f is text"),
-    "calls of the user": (chat({**USER, "tool_calls": [named({})]}), "(user) has tool calls"),
-    "thoughts of the user": (chat({**USER, "reasoning": "a"}), "(user) has reasoning"),
+    "calls of the user": (chat({**USER, "tool_calls": [named({})]}), "(user): has tool calls"),
+    "thoughts of the user": (chat({**USER, "reasoning": "a"}), "(user): has reasoning"),
     "thoughts that are a list": (chat(USER, {**ANSWER, "thinking": ["a"]}), ""),
     "two thoughts": (
         chat(USER, {**ANSWER, "thinking": "a", "reasoning": "b"}),
@@ -132,7 +135,10 @@ LINES = {
     "a weight of 0.5": (chat(USER, {**ANSWER, "weight": 0.5}), "has weight 0.5"),
     "tools without names": (chat(USER, ANSWER, tools=[{"type": "function"}]), "tools has an entry"),
     "tools that are a number": (chat(USER, ANSWER, tools=5), "tools has an entry"),
-    "an instruction that is null": (b'{"instruction": null, "output": "a"}', "is no text"),
+    "an instruction that is null": (
+        b'{"instruction": null, "output": "a"}',
+        "has instruction None",
+    ),
     "a completion that is null": (b'{"prompt": "a", "completion": null}', "no text content"),
     "a prompt that is of type list": (b'{"prompt": [], "completion": "a"}', "no text content"),
 }
@@ -148,33 +154,33 @@ FILES = {
     "binary.jsonl": (bytes(range(256)) * 20, "is a binary file"),
     "picture.png": (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "is a binary file"),
     "notes.txt": (b"Some notes.\n", "is a file of a kind that is not known"),
-    "open-array.json": (b'[{"text": "a"},\n{"text": "b"}\n', ":3 is not JSON"),
-    "no-comma.json": (b'[{"text": "a"}\n{"text": "b"}]', ":2 is not JSON"),
-    "comma-at-end.json": (b'[{"text": "a"},\n]', ":2 is not JSON"),
-    "broken-item.json": (b'[{"text": "a"},\n\n{"text": b}]', ":3 is not JSON"),
-    "after-array.json": (b'[{"text": "a"}]\n\nend', ":3 is not JSON"),
-    "number-item.json": (b'[{"text": "a"},\n7]', ":2 is of type int"),
+    "open-array.json": (b'[{"text": "a"},\n{"text": "b"}\n', ":3: is not JSON"),
+    "no-comma.json": (b'[{"text": "a"}\n{"text": "b"}]', ":2: is not JSON"),
+    "comma-at-end.json": (b'[{"text": "a"},\n]', ":2: is not JSON"),
+    "broken-item.json": (b'[{"text": "a"},\n\n{"text": b}]', ":3: is not JSON"),
+    "after-array.json": (b'[{"text": "a"}]\n\nend', ":3: is not JSON"),
+    "number-item.json": (b'[{"text": "a"},\n7]', ":2: is of type int"),
     "long-item.json": (
         b'[{"text": "a"},\n{"text": "' + b"a" * 9_000_000 + b'"}]',
-        ":2 is longer than 8 MB",
+        ":2: is longer than 8 MB",
     ),
     "latin.json": ('[{"text": "né"}]'.encode("latin-1"), "the byte 0xe9 is not UTF-8"),
-    "one-object.json": (b'{"data": [1, 2]}', ":1 has the keys data"),
+    "one-object.json": (b'{"data": [1, 2]}', ":1: has the keys data"),
     "empty.csv": (b"", "holds no example"),
     "header-only.csv": (b"prompt,completion\n", "holds no example"),
-    "short-line.csv": (CSV + b'"Hi"\n', ":3 has 1 cells"),
-    "long-line.csv": (CSV + b"a,b,c\n", ":3 has 3 cells"),
-    "open-quote.csv": (CSV + b'"Hi","Hello\n', ":3 is not CSV"),
-    "no-name.csv": (b"prompt,\nHi,Hello\n", ":1 has the columns"),
-    "same-name.csv": (b"prompt,prompt\nHi,Hello\n", ":1 has the columns"),
-    "wrong-column.csv": (b"question,answer\nHi,Hello\n", ":2 has the keys answer, question"),
+    "short-line.csv": (CSV + b'"Hi"\n', ":3: has 1 cells"),
+    "long-line.csv": (CSV + b"a,b,c\n", ":3: has 3 cells"),
+    "open-quote.csv": (CSV + b'"Hi","Hello\n', ":3: is not CSV"),
+    "no-name.csv": (b"prompt,\nHi,Hello\n", ":1: has the columns"),
+    "same-name.csv": (b"prompt,prompt\nHi,Hello\n", ":1: has the columns"),
+    "wrong-column.csv": (b"question,answer\nHi,Hello\n", ":2: has the keys answer, question"),
     "latin.csv": (CSV + "né,b\n".encode("latin-1"), ":3: the byte 0xe9 is not UTF-8"),
-    "empty-cell.csv": (b"text,id\n,1\n", ":2 has text ''"),
+    "empty-cell.csv": (b"text,id\n,1\n", ":2: has text ''"),
     "cut.jsonl.gz": (gzip.compress(GOOD * 9)[:-9], "cannot read"),
     "broken.jsonl.zst": (b"\x28\xb5\x2f\xfd" + b"broken" * 9, "cannot read"),
     "cut.parquet": (parquet({"text": ["a"]})[:-9], "cannot read"),
-    "wrong.parquet": (parquet({"words": ["a"]}), ":row 1 has the keys words"),
-    "null.parquet": (parquet({"text": ["a", None]}), ":row 2 has the keys (none)"),
+    "wrong.parquet": (parquet({"words": ["a"]}), ":row 1: has the keys words"),
+    "null.parquet": (parquet({"text": ["a", None]}), ":row 2: has the keys (none)"),
 }
 
 
@@ -293,7 +299,7 @@ def test_one_row_cannot_be_split(tmp_path, refused):
 
 def test_columns_that_are_no_pairs(tmp_path, refused):
     (tmp_path / "a.jsonl").write_bytes(GOOD)
-    assert "columns holds 'prompt'" in refused(tmp_path / "a.jsonl", "--columns", "prompt")
+    assert "columns is ['prompt']" in refused(tmp_path / "a.jsonl", "--columns", "prompt")
 
 
 def test_the_command_itself_ends_with_2_and_no_traceback(tmp_path, tiny):
@@ -306,5 +312,5 @@ def test_the_command_itself_ends_with_2_and_no_traceback(tmp_path, tiny):
     )
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr.startswith(f"error: {path}:2 is not JSON")
+    assert done.stderr.startswith(f"error: {path}:2: is not JSON")
     assert "Traceback" not in done.stderr

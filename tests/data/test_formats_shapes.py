@@ -10,7 +10,7 @@ import pytest
 
 from mlx_gemma4.config import DataConfig
 from mlx_gemma4.data.chat.encode import Chunk, Task, encode_chunk
-from mlx_gemma4.data.chat.formats import RowOptions, column_map, row_of
+from mlx_gemma4.data.chat.formats import row_of
 from mlx_gemma4.errors import DataError
 from mlx_gemma4.model.tokenizer import load_tokenizer
 
@@ -19,8 +19,8 @@ TABLE = re.findall(r"^\| (\w+) \| `(.+)` \| (.+) \|$", DOCS.read_text("utf-8"), 
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 
 
-def row(record: dict, **manner):
-    return row_of(record, "rows.jsonl:7", RowOptions(manner.pop("columns", {}), **manner))
+def row(record: dict, folder: Path | None = None, **settings):
+    return row_of(record, "rows.jsonl:7", DataConfig(**settings), folder)
 
 
 def said(turn: dict) -> str:
@@ -42,7 +42,7 @@ def test_the_table_shows_every_shape():
 @pytest.mark.parametrize(("shape", "example", "becomes"), TABLE)
 def test_a_row_of_the_table(shape, example, becomes, tiny):
     raw = example.encode()
-    read = row_of(raw, "rows.jsonl:1", RowOptions({}))
+    read = row_of(raw, "rows.jsonl:1", DataConfig(), None)
     assert read.shape == shape
     assert (read.text or " / ".join(map(said, read.messages))) == becomes
     task = Task(load_tokenizer(tiny), 1024, DataConfig())
@@ -108,7 +108,7 @@ def test_the_first_shape_of_several_is_taken():
 
 
 def test_columns_name_the_fields():
-    columns = column_map(["prompt=question", "completion=best answer"])
+    columns = ("prompt=question", "completion=best answer")
     read = row({"question": "Hi", "best answer": "Hello", "messages": 3}, columns=columns)
     assert (read.shape, read.messages) == ("completions", tuple(TURNS))
 
@@ -116,7 +116,7 @@ def test_columns_name_the_fields():
 def test_a_column_that_is_not_there():
     with pytest.raises(DataError) as error:
         row({"q": "Hi", "a": "Hello"}, columns={"prompt": "question", "completion": "a"})
-    assert error.value.found == "rows.jsonl:7 has no column question; it has a, q"
+    assert error.value.found == "rows.jsonl:7: has no column question; it has a, q"
 
 
 # ---------------------------------------------------------------- media

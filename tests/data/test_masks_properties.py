@@ -12,12 +12,11 @@ from collections import Counter
 import pytest
 
 pytest.importorskip("hypothesis")
-from helpers import encode_together
+from helpers import encode, encode_together
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from styles import STYLES, Piece
 
-from mlx_gemma4.data.chat.encode import encode
 from mlx_gemma4.data.chat.formats import Row
 from mlx_gemma4.data.chat.spans import MARKERS
 from mlx_gemma4.model.tokenizer import load_tokenizer
@@ -206,7 +205,7 @@ def test_many_rows_at_once_are_the_rows_one_by_one(style, tokenizer, rows):
     rows.insert(2, row_of([{"role": "user", "content": "a"}], []))
     alone = Counter()
     results, facts = encode_together(rows, tokenizer, "assistant")
-    assert ["rows[2] has no target token" in told for told in facts.bad_rows] == [True]
+    assert ["rows[2]: has no target token" in told for told in facts.bad_rows] == [True]
     assert [result.origin for result in results] == [
         f"rows[{i}]" for i in range(len(rows)) if i != 2
     ]

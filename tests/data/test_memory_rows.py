@@ -13,7 +13,7 @@ from mlx_gemma4.config import DataConfig
 from mlx_gemma4.data import dataset
 from mlx_gemma4.data.dataset import read
 from mlx_gemma4.errors import ConfigError, DataError
-from mlx_gemma4.model.text import text_side
+from mlx_gemma4.model.tokenizer import text_side
 
 PAIRS = [{"prompt": f"What is {i}?", "completion": f"Value {i * i}."} for i in range(6)]
 
@@ -70,13 +70,13 @@ def test_an_empty_validation_split_is_none(side):
 
 
 def test_a_bad_row_is_told_by_its_index(side):
-    with pytest.raises(DataError, match=r"^rows\[2\] has the keys question\n"):
+    with pytest.raises(DataError, match=r"^rows\[2\]: has the keys question\n"):
         read([*PAIRS[:2], {"question": "a"}], side)
-    with pytest.raises(DataError, match=r"^rows\['valid'\]\[1\] is of type str\n"):
+    with pytest.raises(DataError, match=r"^rows\['valid'\]\[1\]: is of type str\n"):
         read({"train": PAIRS, "valid": [PAIRS[0], "text"]}, side)
     data = read([PAIRS[0], {"text": " "}, PAIRS[1]], side, DataConfig(on_bad_row="skip"))
     assert origins(data) == ["rows[0]", "rows[2]"]
-    assert data.facts.bad_rows == ["rows[1] has text ' '"]
+    assert data.facts.bad_rows == ["rows[1]: has text ' '"]
 
 
 @pytest.mark.parametrize(

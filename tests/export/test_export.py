@@ -162,9 +162,11 @@ def test_the_config_of_peft(tiny, tmp_path):
         rank=4, alpha=6.5, dropout=0.1, use_rslora=True, use_dora=True,
         rank_pattern={"q_proj": 2}, alpha_pattern={"layers.0.mlp.up_proj": 3},
     )  # fmt: skip
-    export(trained(tiny, lora), tmp_path / "out", "peft", verify=False)
+    gemma = trained(tiny, lora)
+    gemma.name = "google/gemma-4-E2B-it"
+    export(gemma, tmp_path / "out", "peft", verify=False)
     config = peft_config(tmp_path / "out")
-    assert config["base_model_name_or_path"] == str(tiny)
+    assert config["base_model_name_or_path"] == gemma.name
     assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (4, 6.5, 0.1)
     assert (config["use_rslora"], config["use_dora"], config["bias"]) == (True, True, "none")
     assert config["rank_pattern"] == {"self_attn.q_proj": 2}
@@ -172,8 +174,8 @@ def test_the_config_of_peft(tiny, tmp_path):
     assert config["modules_to_save"] is None
     assert "target_parameters" not in config
     card = (tmp_path / "out" / "README.md").read_text()
-    assert card.startswith(f"---\nbase_model: {tiny}\nlibrary_name: peft\n")
-    assert "DoRA adapter" in card and "Gemma4ForConditionalGeneration" in card
+    assert card.startswith(f"---\nbase_model: {gemma.name}\nlibrary_name: peft\n")
+    assert "| use_dora | True |" in card and "Gemma4ForConditionalGeneration" in card
 
 
 def test_experts_are_target_parameters(checkpoints, tmp_path):

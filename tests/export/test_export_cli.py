@@ -15,7 +15,7 @@ import mlx_gemma4 as g4
 from mlx_gemma4.errors import run_command
 from mlx_gemma4.export import FORMATS, export
 from mlx_gemma4.export import __main__ as command
-from mlx_gemma4.export.card import kind_of
+from mlx_gemma4.export.hub import kind_of
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +129,7 @@ def test_a_source_that_is_not_there(tmp_path, capsys):
 def test_a_config_that_is_no_object(adapter, tmp_path, capsys, text):
     (adapter / "adapter_config.json").write_text(text)
     told = refused(capsys, tmp_path, adapter, "--output", tmp_path / "out")
-    assert "cannot read" in told and "adapter_config.json" in told
+    assert "cannot be read" in told and "adapter_config.json" in told
 
 
 def test_an_adapter_that_names_no_base(adapter, tmp_path, capsys):

@@ -20,12 +20,12 @@ import mlx_gemma4 as g4
 from mlx_gemma4.export import export
 from mlx_gemma4.export import fuse as fuse_module
 from mlx_gemma4.export.fuse import fuse_adapter, write_fused
+from mlx_gemma4.lora.attach import updates_of
 from mlx_gemma4.lora.state import save_adapter
-from mlx_gemma4.lora.update import updates_of
 from mlx_gemma4.model.checkpoint import read_index, read_metadata
 from mlx_gemma4.model.names import DEAD_KV, split_experts, text_model
 from mlx_gemma4.model.plan import Plan, read_config
-from mlx_gemma4.model.tiny import SHAPES, build_tiny
+from mlx_gemma4.model.tiny import TEXT, build_tiny
 from mlx_gemma4.storage import new_folder
 
 OUTER = "model.language_model."
@@ -224,11 +224,8 @@ def test_survival_is_measured_and_a_small_change_is_not_erased_silently(tiny, tm
 def test_memory_is_that_of_a_piece(tmp_path):
     """Of a model of 150 MB no more than a few pieces of 1 MB are in memory at a time."""
     text = {"hidden_size": 512, "intermediate_size": 4096}
-    SHAPES["large"] = {**SHAPES["e2b"], **text, "use_double_wide_mlp": False}
-    try:
-        base = build_tiny(tmp_path / "base", ["a b c\n"], shape="large")
-    finally:
-        del SHAPES["large"]
+    text = {**TEXT, **text, "use_double_wide_mlp": False}
+    base = build_tiny(tmp_path / "base", ["a b c\n"], text=text)
     total = sum(tensor.nbytes for tensor in read_index(base).values())
     gemma = adapted(base)
     save_adapter(gemma.backbone, tmp_path / "adapter", gemma.lora, str(base))
@@ -265,8 +262,8 @@ def test_killed_while_it_writes_and_written_again(tiny, adapters, tmp_path):
     old = {path.name: path.read_bytes() for path in output.iterdir()}
     slow = (
         "import sys, time; from mlx_gemma4.export import fuse\n"
-        "store = fuse._store\n"
-        "fuse._store = lambda *a: (time.sleep(0.05), store(*a))[1]\n"
+        "as_bytes = fuse.as_bytes\n"
+        "fuse.as_bytes = lambda array: (time.sleep(0.05), as_bytes(array))[1]\n"
         "fuse.fuse_adapter(*sys.argv[1:])"
     )
     command = [sys.executable, "-c", slow, str(tiny), str(adapters["e2b"]), str(output)]
@@ -342,11 +339,11 @@ def test_an_update_that_no_weight_takes(tiny, tmp_path, monkeypatch):
     updates = updates_of(gemma.backbone, gemma.plan)
     name = "layers.0.self_attn.q_proj.weight"
     strange = {f"layers.9.{k}": v for k, v in updates.items() if k == name}
-    monkeypatch.setattr(fuse_module, "trained_updates", lambda gemma: updates | strange)
-    with pytest.raises(g4.AdapterError, match=r"layers\.9.*has no place in the base"):
+    monkeypatch.setattr(fuse_module, "updates_of", lambda *given: updates | strange)
+    with pytest.raises(g4.AdapterError, match=r"layers\.9.*the base no such weight"):
         write_fused(gemma, tmp_path / "out")
     turned = {name: updates["layers.0.mlp.up_proj.weight"]}
-    monkeypatch.setattr(fuse_module, "trained_updates", lambda gemma: updates | turned)
+    monkeypatch.setattr(fuse_module, "updates_of", lambda *given: updates | turned)
     monkeypatch.setattr(type(turned[name]), "shape", property(lambda self: (1, 2)))
     with pytest.raises(g4.AdapterError, match=r"has shape \(1, 2\), the base"):
         write_fused(gemma, tmp_path / "out")

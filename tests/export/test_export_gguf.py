@@ -15,7 +15,7 @@ import pytest
 from helpers import make_lora_nonzero
 
 import mlx_gemma4 as g4
-from mlx_gemma4.lora.formats.gguf import read_gguf, write_gguf
+from mlx_gemma4.lora.formats.gguf import write_gguf
 from mlx_gemma4.model.names import text_model
 
 gguf = pytest.importorskip("gguf", reason="pip install gguf")
@@ -44,6 +44,13 @@ def adapted(folder, **lora) -> g4.Gemma4:
 
 def write(gemma: g4.Gemma4, file) -> int:
     return write_gguf(gemma.backbone, gemma.plan, file)
+
+
+def read_gguf(file):
+    """Metadata and tensors by name."""
+    reader = gguf.GGUFReader(file)
+    metadata = {name: field.contents() for name, field in reader.fields.items()}
+    return metadata, {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
 
 
 def lora_modules(gemma):
@@ -133,26 +140,16 @@ def test_an_older_file_stays_when_writing_fails(tiny, tmp_path, monkeypatch):
     assert file.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
-def test_a_file_that_is_cut_short(tiny, tmp_path):
-    file = tmp_path / "lora.gguf"
-    write(adapted(tiny), file)
-    for length in (100, len(file.read_bytes()) - 1000):
-        file.write_bytes(file.read_bytes()[:length])
-        with pytest.raises(g4.AdapterError, match="cannot be read"):
-            read_gguf(file)
-        write(adapted(tiny), file)
-
-
 def test_a_missing_package_names_the_command():
     script = (
         "import sys; sys.modules['gguf'] = None\n"
         "from mlx_gemma4.errors import run_command\n"
-        "from mlx_gemma4.lora.formats.gguf import read_gguf\n"
-        "run_command(lambda: read_gguf('lora.gguf'))"
+        "from mlx_gemma4.lora.formats.gguf import write_gguf\n"
+        "run_command(lambda: write_gguf(None, None, 'lora.gguf'))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 2
-    assert "pip install gguf" in done.stderr and "Traceback" not in done.stderr
+    assert "pip install -U gguf" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_a_package_that_does_not_know_gemma_4(tiny, tmp_path, monkeypatch):

@@ -17,8 +17,7 @@ import yaml
 
 import mlx_gemma4 as g4
 from mlx_gemma4.errors import ExportError
-from mlx_gemma4.export.card import kind_of, model_card
-from mlx_gemma4.export.hub import push_folder, require_repo_id
+from mlx_gemma4.export.hub import kind_of, model_card, push_folder, require_repo_id
 
 TOKEN = "localTestOnly0123456789"  # of no form that could be recognised
 REPO = "someone/my-gemma"

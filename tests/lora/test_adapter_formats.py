@@ -16,8 +16,7 @@ from mlx_gemma4.lora.state import adapter_of
 @pytest.fixture(scope="module")
 def adapter(checkpoints) -> Adapter:
     gemma = trained(checkpoints["e2b"], KINDS["lora"])
-    _, tensors = adapter_of(gemma.backbone, gemma.lora, gemma.name)
-    return Adapter(gemma.lora, tensors, gemma.backbone, gemma.plan, gemma.name)
+    return Adapter(gemma.lora, gemma.backbone, gemma.plan, gemma.name)
 
 
 @pytest.mark.parametrize("name", ADAPTERS)

@@ -15,7 +15,7 @@ import mlx_gemma4 as g4
 from mlx_gemma4.config import build
 from mlx_gemma4.errors import ConfigError
 from mlx_gemma4.lora.attach import without_lora
-from mlx_gemma4.lora.targets import settings_of
+from mlx_gemma4.model.targets import settings_of
 
 PATTERNS = KINDS["patterns"]
 
@@ -52,8 +52,8 @@ def test_patterns_from_flags_and_yaml(given):
     [
         ({"rank_pattern": ["q_proj"]}, "rank_pattern is"),
         ({"rank_pattern": ["q_proj=two"]}, r"rank_pattern\.q_proj is 'two'"),
-        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern gives q_proj 0"),
-        ({"alpha_pattern": {"q_proj": -1}}, r"alpha_pattern gives q_proj -1\.0"),
+        ({"rank_pattern": {"q_proj": 0}}, r"rank_pattern\.q_proj is 0"),
+        ({"alpha_pattern": {"q_proj": -1}}, r"alpha_pattern\.q_proj is -1\.0"),
         ({"rank_pattern": {3: 4}}, "rank_pattern is"),
     ],
 )

@@ -10,10 +10,9 @@ from step_memory import FAST, build_model, held_after_forward, measured, name, p
 
 from mlx_gemma4.config import LoraConfig
 from mlx_gemma4.errors import AdapterError, ConfigError
-from mlx_gemma4.memory.estimate import StepSettings, estimate, resident_bytes
+from mlx_gemma4.memory.estimate import COMPILES, StepSettings, estimate
 from mlx_gemma4.model.names import flat
 from mlx_gemma4.model.plan import Plan, read_config
-from mlx_gemma4.train.step import COMPILES
 
 PEAK, STEP = 0.10, 0.25
 """How far total peak and step may be off."""
@@ -52,7 +51,7 @@ def test_what_is_resident_is_exact(shape, changes):
     gemma, optimizer = build_model(plan, settings)
     arrays = flat(gemma.backbone.parameters()), flat(optimizer.state)
     actual = sum(array.nbytes for part in arrays for array in part.values())
-    assert abs(resident_bytes(plan, settings) - actual) <= 64  # step, learning rate, betas
+    assert abs(estimate(plan, settings).resident - actual) <= 64  # step, learning rate, betas
 
 
 def test_unquantized_experts_as_targets():

@@ -32,13 +32,10 @@ def predicted(monkeypatch):
 
     def fake(plan, settings):
         each = 4000 - 500 * settings.remat_layers
-        return Estimate(resident_of(settings), settings.batch_size * settings.length * each)
-
-    def resident_of(settings):
-        return {None: 16_000_000, 8: 8_500_000, 4: 4_500_000}[settings.bits]
+        resident = {None: 16_000_000, 8: 8_500_000, 4: 4_500_000}[settings.bits]
+        return Estimate(resident, settings.batch_size * settings.length * each)
 
     monkeypatch.setattr(choosing, "estimate", fake)
-    monkeypatch.setattr(choosing, "resident_bytes", lambda plan, s: resident_of(s))
 
 
 @pytest.mark.parametrize(
@@ -55,32 +52,34 @@ def predicted(monkeypatch):
     ],
 )
 def test_what_is_given_up_and_in_which_order(plan, predicted, megabytes, wanted):
-    choice = choose(plan, megabytes * 1e6, WANTED, may_quantize=True, may_shorten=True)
-    settings, accumulated = choice.settings, choice.grad_accumulation_steps
-    found = (settings.bits, settings.length, choice.batch_size, accumulated)
+    settings, accumulated = choose(plan, megabytes * 1e6, WANTED, may_quantize=True)
+    found = (settings.bits, settings.length, settings.batch_size, accumulated)
     assert (*found, settings.remat_layers) == wanted
 
 
-def test_nothing_is_given_up_unasked(plan, predicted):
-    with pytest.raises(ConfigError, match=r"the least that was tried takes 18.* MB") as error:
-        choose(plan, 18e6, WANTED)
+def test_precision_is_not_given_up_unasked(plan, predicted):
+    """511 positions at 1150 bytes beside 16 MB; half of them would be too few."""
+    with pytest.raises(ConfigError, match="the least that was tried takes 17 MB") as error:
+        choose(plan, 16.5e6, replace(WANTED, length=511))
     assert "quantized checkpoint" in error.value.do
 
 
-def test_settings_of_a_run_that_fits(plan, predicted):
+def test_settings_of_a_run_that_fits(tiny, predicted):
+    config = read_config(tiny)
     data, train = DataConfig(), TrainConfig(batch_size=4, grad_accumulation_steps=3)
-    data, train, flags = fit_settings(plan, "22MB", data, train, LoraConfig())
+    data, train = fit_settings(config, "22MB", data, train, LoraConfig())
     assert (train.batch_size, train.grad_accumulation_steps) == (2, 6)
     assert data.max_seq_length == 2048 and train.memory == "22MB"
-    assert train.rematerialize == "auto" and "--batch-size 2" in flags
-    data, train, _ = fit_settings(plan, "17.5MB", DataConfig(), TrainConfig(), LoraConfig())
+    assert train.rematerialize == "auto"
+    data, train = fit_settings(config, "17.5MB", DataConfig(), TrainConfig(), LoraConfig())
     assert (data.max_seq_length, train.batch_size, train.grad_accumulation_steps) == (1024, 1, 1)
 
 
-def test_full_fine_tuning_of_quantized_weights(plan):
+def test_full_fine_tuning_of_quantized_weights(tiny):
+    config = read_config(tiny) | {"quantization": {"bits": 4, "group_size": 64}}
     train = TrainConfig(fine_tune_type="full")
     with pytest.raises(ConfigError, match="the weights have 4 bits"):
-        fit_settings(plan, "1GB", DataConfig(), train, LoraConfig(), bits=4)
+        fit_settings(config, "1GB", DataConfig(), train, LoraConfig())
 
 
 def test_layers_are_not_a_bool(plan):

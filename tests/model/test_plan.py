@@ -7,10 +7,10 @@ import json
 import random
 
 import pytest
+from shapes import SHAPES
 
 import mlx_gemma4 as g4
 from mlx_gemma4.model.plan import FULL, SLIDING, MoePlan, PlePlan, read_config
-from mlx_gemma4.model.tiny import SHAPES
 
 ALWAYS = [
     "hidden_size",

@@ -9,12 +9,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from helpers import relative_gap, some_tokens
+from shapes import SHAPES
 
 import mlx_gemma4 as g4
 from mlx_gemma4.model.checkpoint import read_index
 from mlx_gemma4.model.names import flat, text_model
 from mlx_gemma4.model.ple import DiskEmbedding, PerLayerRows
-from mlx_gemma4.model.tiny import SHAPES
 
 LAYERS, WIDTH, ROWS = 8, 16, 50
 KEY = "model.language_model.embed_tokens_per_layer.weight"

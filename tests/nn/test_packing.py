@@ -12,8 +12,7 @@ from mlx.utils import tree_map
 
 import mlx_gemma4 as g4
 from mlx_gemma4.data.batch.collate import collate
-from mlx_gemma4.data.example import Example
-from mlx_gemma4.data.store.arrays import Examples
+from mlx_gemma4.data.example import Example, Examples
 from mlx_gemma4.train.evaluate import evaluate
 
 

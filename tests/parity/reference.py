@@ -19,8 +19,9 @@ import torch
 import transformers
 from helpers import SMALL_VISION
 from safetensors.torch import load_file, save_file
+from shapes import SHAPES
 
-from mlx_gemma4.model.tiny import SHAPES, build_tiny
+from mlx_gemma4.model.tiny import build_tiny
 from mlx_gemma4.nn.batch import Batch
 
 # The models are so small that threads wait for each other longer than they work.

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import mlx_gemma4 as g4
-from mlx_gemma4.data.example import Example
-from mlx_gemma4.data.store.arrays import Examples
+from mlx_gemma4.data.example import Example, Examples
+from mlx_gemma4.memory.estimate import StepSettings
 from mlx_gemma4.model.names import flat
 from mlx_gemma4.objectives.sft import sft
 from mlx_gemma4.train.budget import trial_step
@@ -62,7 +62,8 @@ def test_a_trial_leaves_weights_and_state_as_they_were(gemma):
     optimizer = optim.Adam(1e-2)
     optimizer.init(gemma.backbone.trainable_parameters())
     before = {**flat(gemma.backbone.trainable_parameters()), **flat(optimizer.state)}
-    step = trial_step(gemma, optimizer, sft, batch_size=2, longest=64, targets=0.5)
+    settings = StepSettings(batch_size=2, longest=64, targets=0.5)
+    step = trial_step(gemma, optimizer, sft, settings)
     whole, lean = step(512, 0), step(512, len(gemma.plan.layers))
     assert 0 < lean < whole
     after = {**flat(gemma.backbone.trainable_parameters()), **flat(optimizer.state)}

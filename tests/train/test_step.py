@@ -8,8 +8,9 @@ import pytest
 from helpers import some_tokens, worst_gap
 
 import mlx_gemma4 as g4
+from mlx_gemma4.memory.estimate import COMPILES
 from mlx_gemma4.model.names import flat
-from mlx_gemma4.train.step import COMPILES, CompiledStep, train_step
+from mlx_gemma4.train.step import CompiledStep, train_step
 
 wants_compile = pytest.mark.skipif(not COMPILES, reason="this MLX does not compile the step")
 
@@ -57,7 +58,7 @@ def trained(folder, compiled: bool, lean: bool, count: int, **options) -> tuple[
     return losses, flat(gemma.backbone.trainable_parameters())
 
 
-@pytest.mark.parametrize("count", [1, 3], ids=["one batch", "accumulated"])
+@pytest.mark.parametrize("count", [1, 2], ids=["one batch", "accumulated"])
 @pytest.mark.parametrize("lean", [False, True], ids=["kept", "rematerialized"])
 def test_compiled_equals_plain(checkpoints, shape, lean, count):
     """Losses and parameters after three steps of Adam on a falling rate, every family shape."""
@@ -107,7 +108,7 @@ def test_one_compilation_for_each_set_of_shapes(tiny):
 def test_a_batchs_activations_are_alive_at_a_time(tiny):
     def peak(count: int) -> int:
         gemma, optimizer = start(tiny)
-        batches = batches_of(gemma, count, T=600)
+        batches = batches_of(gemma, count, T=300)
         step = CompiledStep(gemma, optimizer)
         mx.eval(step(batches)[0].loss, gemma.backbone.trainable_parameters(), optimizer.state)
         mx.eval([batch.fields() for batch in batches])
@@ -117,7 +118,7 @@ def test_a_batchs_activations_are_alive_at_a_time(tiny):
         mx.eval(step(batches)[0].loss, gemma.backbone.trainable_parameters(), optimizer.state)
         return mx.get_peak_memory() - resident
 
-    assert peak(4) < 1.3 * peak(1)
+    assert peak(3) < 1.3 * peak(1)
 
 
 @wants_compile

@@ -14,19 +14,14 @@ from ...nn.batch import Batch
 from ..example import Example
 from .order import bucket, longest_bound, padded_length
 
-__all__ = ["collate", "collate_alike"]
-
 
 def collate(rows: Sequence[Example | Sequence[Example]], pad_token: int = 0) -> Batch:
-    """Examples as one batch, padded on the right.
+    """Examples as one batch, padded on the right with `pad_token`.
 
     Args:
         rows: an example is a row of its own; a list of examples is one packed row, in which no
             example attends to another.
-        pad_token: what fills the rest of a row.
 
-    >>> import numpy as np
-    >>> from mlx_gemma4.data.example import Example
     >>> one = Example(np.array([2, 7, 8]), np.array([False, False, True]), "rows.jsonl:1")
     >>> two = Example(np.array([2, 9]), np.array([False, True]), "rows.jsonl:2")
     >>> batch = collate([[one, two]])

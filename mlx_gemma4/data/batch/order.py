@@ -8,10 +8,7 @@ from itertools import count, islice
 
 import numpy as np
 
-from ..example import Example
-from ..store.arrays import lengths_of
-
-__all__ = ["BatchOrder", "Rows", "bucket", "longest_bound", "pack", "padded_length"]
+from ..example import Example, Examples
 
 Rows = list[list[int]]
 """The rows of a batch, each the indices of the examples in it."""
@@ -21,7 +18,7 @@ _WINDOW = 32
 
 
 def pack(lengths: Sequence[int], capacity: int) -> Rows:
-    """Put lengths, in their order, into rows that hold `capacity`: each where it leaves least room.
+    """Put lengths into rows that hold `capacity`: each, in order, where it leaves least room.
 
     The best-fit heuristic of bin packing (Johnson 1973), in time linear in the number of lengths.
 
@@ -58,21 +55,15 @@ class BatchOrder:
 
     Args:
         lengths: positions that each example takes.
-        batch_size: rows in a batch; the last batch of an epoch may have fewer.
+        size: rows in a batch; the last batch of an epoch may have fewer.
         seed: with an epoch's number, all that its order depends on.
         capacity: positions of a packed row; None gives every example a row of its own, beside
             others of about its length.
     """
 
-    def __init__(
-        self,
-        lengths: Sequence[int] | np.ndarray,
-        batch_size: int,
-        seed: int,
-        capacity: int | None = None,
-    ):
+    def __init__(self, lengths: Sequence[int], size: int, seed: int, capacity: int | None = None):
         self.lengths = np.asarray(lengths, np.int64)
-        self.batch_size, self._seed, self.capacity = batch_size, seed, capacity
+        self.batch_size, self._seed, self.capacity = size, seed, capacity
 
     @classmethod
     def of(
@@ -83,21 +74,17 @@ class BatchOrder:
         packing: bool = True,
         seed: int = 0,
     ) -> BatchOrder:
-        """The batches of a split.
+        """The batches of a split; a packed row has `max_seq_length` positions, or as many as the
+        longest example takes: one less than it has tokens, since nothing follows its last.
 
-        An example takes a position less than it has tokens: nothing follows its last. A packed row
-        has `max_seq_length` positions, or as many as the longest example takes.
-
-        >>> import numpy as np
-        >>> from mlx_gemma4.data.example import Example
         >>> some = [Example(np.arange(n), np.ones(n, bool), "here") for n in (6, 4, 5)]
         >>> order = BatchOrder.of(some, max_seq_length=8)
         >>> order.capacity, order.in_file_order()
         (8, [[[0, 1]], [[2]]])
         """
-        positions = lengths_of(examples) - 1
-        capacity = max(max_seq_length, positions.max(initial=0)) if packing else None
-        return cls(positions, batch_size, seed, None if capacity is None else int(capacity))
+        positions = (Examples.of(examples).lengths - 1).tolist()
+        capacity = max([max_seq_length, *positions]) if packing else None
+        return cls(positions, batch_size, seed, capacity)
 
     def largest_batch(self) -> tuple[int, int, int | None]:
         """(rows, positions of each, bound on the longest example) that no batch exceeds."""
@@ -148,9 +135,6 @@ class BatchOrder:
 
 def _in_batches(rows: Rows, size: int) -> list[Rows]:
     return [rows[i : i + size] for i in range(0, len(rows), size)]
-
-
-# ---------------------------------------------------------------- few shapes: each is compiled
 
 
 def padded_length(positions: int) -> int:

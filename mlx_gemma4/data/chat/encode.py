@@ -18,17 +18,14 @@ import numpy as np
 
 from ...config import DataConfig
 from ...errors import DataError
-from ..example import Encoded, Example, Facts, origin_of
-from ..read.records import Raw, row_error
+from ..example import Example, Facts, Store, origin_of
+from ..read.records import Raw, located, row_error
 from . import spans
-from .formats import Row, RowOptions, column_map, row_of
+from .formats import row_of
 from .render import Rendering, render
 from .spans import MARKERS, TURN, Mark, Span
 
-__all__ = ["Chunk", "Encoder", "Task", "encode", "encode_chunk"]
-
-
-# ---------------------------------------------------------------- many rows
+_CHECKPOINT = "use the tokenizer of the checkpoint"
 
 
 @dataclass(frozen=True)
@@ -42,12 +39,9 @@ class Task:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some raw rows of one source.
+    """Some raw rows of one source, each with its number, which follows `place` in messages.
 
-    Attributes:
-        place: what stands before a row's number in messages.
-        folder: where paths of media begin.
-        rows: (number, raw row).
+    Paths of media begin in `folder`.
     """
 
     place: str
@@ -55,21 +49,20 @@ class Chunk:
     rows: list[tuple[int, Raw]]
 
 
-def encode_chunk(task: Task, chunk: Chunk) -> Encoded:
+def encode_chunk(task: Task, chunk: Chunk) -> Store:
     """The examples of some rows, tokenized in one call.
 
     Raises:
         DataError: the first row that cannot be used, unless such rows are to be skipped.
     """
-    config, facts = task.config, Facts()
-    encoder = Encoder(task.tokenizer, config.train_on, config.thinking)
-    options = RowOptions(column_map(config.columns), chunk.folder, config.media_anywhere)
+    config, facts, encoder = task.config, Facts(), Encoder(task)
     errors: dict[int, DataError] = {}
     rendered: dict[int, Rendering] = {}
     for i, (number, raw) in enumerate(chunk.rows):
         try:
-            row = row_of(raw, origin_of(chunk.place, number), options)
-            rendered[i] = render(row, task.tokenizer, config.thinking, encoder.ends)
+            row = row_of(raw, origin_of(chunk.place, number), config, chunk.folder)
+            with located(row.origin):
+                rendered[i] = render(row, task.tokenizer, config.thinking, encoder.ends)
         except DataError as error:
             errors[i] = error
             if config.on_bad_row == "error":
@@ -78,95 +71,57 @@ def encode_chunk(task: Task, chunk: Chunk) -> Encoded:
     examples: dict[int, Example] = {}
     for (i, rendering), ids in zip(rendered.items(), tokens):
         try:
-            example = encoder.example(rendering, ids, facts.notes)
-            fitted = _fit(example, task)
+            with located(rendering.row.origin):
+                example = encoder.example(rendering, ids, facts.notes)
+                fitted = _fit(example, task)
         except DataError as error:
             errors[i] = error
             continue
         facts.shapes[rendering.row.shape] += 1
-        facts.skipped += fitted is None
-        if fitted is not None:
+        if fitted is None:
+            facts.skipped += 1
+        else:
             facts.truncated += fitted is not example
             examples[i] = fitted
-    for _, first in sorted(errors.items()):
-        if config.on_bad_row == "error":
-            raise first
-        facts.add(Facts(bad=1, bad_rows=[first.found]))
-    return Encoded.of([*examples.values()], [chunk.rows[i][0] for i in examples], facts)
+    if errors and config.on_bad_row == "error":
+        raise errors[min(errors)]
+    facts.add(Facts(bad=len(errors), bad_rows=[errors[i].found for i in sorted(errors)]))
+    numbers = [chunk.rows[i][0] for i in examples]
+    return Store.of([*examples.values()], numbers, facts, chunk.place)
 
 
 def _fit(example: Example, task: Task) -> Example | None:
     """The example within max_seq_length, or None to skip it."""
     highest, length = int(example.tokens.max()), task.config.max_seq_length
     if highest >= task.vocab_size:
-        raise row_error(
-            f"{example.origin} has the token id {highest}",
-            f"ids below {task.vocab_size}, the model's vocabulary",
-            "use the tokenizer of the checkpoint",
-        )
+        wanted = f"ids below {task.vocab_size}, the model's vocabulary"
+        raise row_error(f"has the token id {highest}", wanted, _CHECKPOINT)
     if len(example) <= length:
         return example
     if task.config.overlong == "skip":
         return None
     if task.config.overlong == "error":
-        raise row_error(
-            f"{example.origin} has {len(example):,} tokens",
-            f"at most max_seq_length, {length:,}",
-            "raise max_seq_length, or set overlong to skip or truncate",
-        )
+        do = "raise max_seq_length, or set overlong to skip or truncate"
+        raise row_error(f"has {len(example):,} tokens", f"at most max_seq_length, {length:,}", do)
     kept = np.arange(length)
     if task.config.truncate_from == "start":
-        kept = np.concatenate([[0], np.arange(len(example) - length + 1, len(example))])
+        kept[1:] += len(example) - length
     cut = replace(example, tokens=example.tokens[kept], mask=example.mask[kept])
     return cut if cut.num_targets else None
 
 
-# ---------------------------------------------------------------- one row
-
-
-def encode(
-    row: Row,
-    tokenizer: Any,
-    train_on: str,
-    thinking: str = "keep",
-    notes: Counter[str] | None = None,
-) -> Example:
-    """Tokens of a row, and which of them are targets.
+class Encoder:
+    """A tokenizer, what of it every row asks for, and which tokens are targets.
 
     Of a text row every token is a target; of a conversation what the model says: text, reasoning
-    and tool calls, with the tokens that end a turn or hand over to a tool. An assistant turn with
-    `"train": False` never is one.
-
-    Args:
-        tokenizer: with the model's chat template.
-        train_on: "assistant", what follows the last question ("completion"), what follows the last
-            question or tool result ("last"), or every token ("all").
-        thinking: "keep" makes reasoning a target, "mask" shows it to the model and does not, "drop"
-            takes it out before rendering.
-        notes: counts what a person should know, such as reasoning that the template leaves out.
-
-    Raises:
-        DataError: no target token, or a template that does not render what the row says.
-
-    >>> from mlx_gemma4.data.chat.formats import Row
-    >>> from mlx_gemma4.model.tokenizer import load_tokenizer
-    >>> turns = {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}
-    >>> tokenizer = load_tokenizer(tiny)
-    >>> example = encode(Row("chat", turns, "", "rows.jsonl:1"), tokenizer, "assistant")
-    >>> tokenizer.decode(example.tokens[example.mask])
-    'Hi<turn|>'
+    and tool calls, with the tokens that end a turn or hand over to a tool. `train_on` and
+    `thinking` of the settings narrow that, and a turn with `"train": False` never is a target.
     """
-    encoder = Encoder(tokenizer, train_on, thinking)
-    rendering = render(row, tokenizer, thinking, encoder.ends)
-    [tokens] = encoder.tokenize([rendering.text])
-    return encoder.example(rendering, tokens, Counter() if notes is None else notes)
 
-
-class Encoder:
-    """A tokenizer, what of it every row asks for, and which tokens are targets, as of `encode`."""
-
-    def __init__(self, tokenizer: Any, train_on: str, thinking: str):
-        self._tokenizer, self._train_on, self._thinking = tokenizer, train_on, thinking
+    def __init__(self, task: Task):
+        tokenizer, config = task.tokenizer, task.config
+        self._tokenizer = tokenizer
+        self._train_on, self._thinking = config.train_on, config.thinking
         self.ends = tokenizer.bos_token, tokenizer.eos_token  # it takes its time to give them
         self._bos_id, unknown = tokenizer.bos_token_id, tokenizer.unk_token_id
         ids = {marker: tokenizer.convert_tokens_to_ids(marker) for marker in MARKERS}
@@ -185,8 +140,14 @@ class Encoder:
         return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
     def example(self, rendering: Rendering, tokens: np.ndarray, notes: Counter[str]) -> Example:
-        """A rendering and its tokens as an example; it raises as `encode` does."""
-        self._require_one_bos(tokens, rendering.row.origin)
+        """A rendering and its tokens as an example; what a person should know goes into `notes`.
+
+        A DataError says that there is no target, or that the model's turns are not the row's.
+        """
+        count, bos = np.count_nonzero(tokens == self._bos_id), self.ends[0]
+        if count != 1 or tokens[0] != self._bos_id:
+            do = f"remove {bos} from the row's text" if count else "use Gemma 4's template"
+            raise row_error(f"has {count} {bos} tokens when rendered", "one, at the start", do)
         mask, dropped = np.ones(len(tokens), bool), 0
         if rendering.messages:
             mask, dropped = self._mask(rendering, tokens)
@@ -200,67 +161,58 @@ class Encoder:
 
     def _mask(self, rendering: Rendering, tokens: np.ndarray) -> tuple[np.ndarray, int]:
         """The loss mask, and how many texts of reasoning the template left out."""
-        origin = rendering.row.origin
-        marks = self._locate(rendering.text, tokens, origin)
-        marks = [mark for mark in marks if mark.char not in rendering.quoted]
+        marks = [m for m in self._locate(rendering.text, tokens) if m.char not in rendering.quoted]
         turns = spans.model_turns(rendering.text, marks, len(tokens), len(self._header))
-        may_train, dropped = spans.check_against_row(rendering.messages, turns, origin)
+        may_train, dropped = spans.check_against_row(rendering.messages, turns)
+        silent = [
+            span
+            for span in chain(*turns)
+            if span.kind == "thought" and (self._thinking == "mask" or not span.text)
+        ]
         if rendering.generated is not None:
-            generated = np.array(rendering.generated, bool)
             spans.check_against_generation(
-                tokens, turns, generated, self._thinking, origin, self._tokenizer
+                tokens, turns, silent, rendering.generated, self._tokenizer
             )
         mask = np.full(len(tokens), self._train_on == "all")
-        for span in self._chosen(turns, spans.user_turns(rendering.text, marks)):
+        for span in self._chosen(turns, rendering.text, marks):
             mask[span.first : span.last] |= span.kind != "response"
-        for turn, trained in zip(turns, may_train):
-            for span in turn:
-                masked = span.kind == "thought" and (self._thinking == "mask" or not span.text)
-                if masked or not trained:
-                    mask[span.first : span.last] = False
+        untrained = chain(*(turn for turn, trained in zip(turns, may_train) if not trained))
+        for span in (*silent, *untrained):
+            mask[span.first : span.last] = False
         if not mask[1:].any():
-            raise row_error(f"{origin} has no target token", "an assistant turn to learn")
+            raise row_error("has no target token", "an assistant turn to learn")
         return mask, dropped
 
-    def _chosen(self, turns: list[list[Span]], questions: list[int]) -> Iterable[Span]:
+    def _chosen(self, turns: list[list[Span]], text: str, marks: list[Mark]) -> Iterable[Span]:
         """The spans of the model turns that `train_on` names."""
         turns = [turn for turn in turns if turn]
         if self._train_on in ("assistant", "all") or not turns:
             return chain(*turns)
-        if self._train_on == "last":
-            return spans.between_tool_results(turns[-1])[-1]
-        asked = max((place for place in questions if place < turns[-1][0].first), default=-1)
+        first = turns[-1][0].first
+        if self._train_on == "last":  # from the last place where the model stopped before it ended
+            final = max((s.first for s in turns[-1] if s.kind != "response"), default=first)
+            stops = (s.last for s in turns[-1] if s.kind in ("end", "response"))
+            start = max((stop for stop in stops if stop <= final), default=first)
+            return [span for span in turns[-1] if span.first >= start]
+        questions = [m for m in marks if m.marker == TURN and text.startswith("user\n", m.end)]
+        asked = max((mark.token for mark in questions if mark.token < first), default=-1)
         return chain(*(turn for turn in turns if turn[0].first > asked))
 
-    def _require_one_bos(self, tokens: np.ndarray, origin: str) -> None:
-        """Refuse a row unless its first token, and no other, is `<bos>`."""
-        count, bos = np.count_nonzero(tokens == self._bos_id), self.ends[0]
-        if count != 1 or tokens[0] != self._bos_id:
-            raise row_error(
-                f"{origin} has {count} {bos} tokens when rendered",
-                "one, at the start",
-                f"remove {bos} from the row's text" if count else "use Gemma 4's template",
-            )
-
-    def _locate(self, text: str, tokens: np.ndarray, origin: str) -> list[Mark]:
+    def _locate(self, text: str, tokens: np.ndarray) -> list[Mark]:
         """The markers of a text with their tokens: the nth marker is the nth such token."""
         marks = [mark for mark in spans.find_marks(text) if mark.marker in self._ids]
         places = np.flatnonzero(self._is_marker[tokens])
         whole = [self._ids[mark.marker] for mark in marks] == tokens[places].tolist()
         marks = [Mark(m.marker, m.char, place) for m, place in zip(marks, places.tolist())]
-        if not whole or not all(self._header_is_whole(text, tokens, mark) for mark in marks):
-            raise row_error(
-                f"{origin}: the tokenizer joins the chat template's markers with other text",
-                f"a token for each of {' '.join(MARKERS)}, and for what stands between them",
-                "use the tokenizer of the checkpoint",
-            )
+        opens = [m for m in marks if m.marker == TURN and text.startswith("model\n", m.end)]
+        if not whole or not all(self._header_is_whole(text, tokens, mark) for mark in opens):
+            found = "the tokenizer joins the chat template's markers with other text"
+            wanted = f"a token for each of {' '.join(MARKERS)}, and for what stands between them"
+            raise row_error(found, wanted, _CHECKPOINT)
         return marks
 
     def _header_is_whole(self, text: str, tokens: np.ndarray, mark: Mark) -> bool:
         """Whether a model turn's text begins at a token of its own, or with white space."""
-        if mark.marker != TURN or not text.startswith("model\n", mark.end):
-            return True
-        first = mark.token + 1
+        answer, first = mark.end + len("model\n"), mark.token + 1
         written = tokens[first : first + len(self._header)].tolist()
-        answer = mark.end + len("model\n")
         return written == self._header or text[answer : answer + 1].isspace()

@@ -6,11 +6,8 @@ A part is {"type": "text" | "image" | "audio", the same word: text or path}.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from ..read.records import row_error
-
-__all__ = ["MEDIA", "add_media", "media_part", "resolve_media"]
 
 MEDIA = {"image": "image", "image_url": "image", "audio": "audio", "audio_url": "audio"}
 """Types of parts, as files write them, and what we call them."""
@@ -18,17 +15,7 @@ MEDIA = {"image": "image", "image_url": "image", "audio": "audio", "audio_url": 
 _FIELDS = {"image": "image", "images": "image", "audio": "audio", "audios": "audio"}
 
 
-def media_part(part: dict) -> tuple[str, Any]:
-    """("image" or "audio", its path) of a part, however it is written."""
-    kind = MEDIA[part["type"]]
-    keys = (part["type"], kind, "path", "url")
-    value = next((part[key] for key in keys if part.get(key)), None)
-    if isinstance(value, dict):
-        value = value.get("url") or value.get("path")
-    return kind, value
-
-
-def add_media(turns: list, record: dict, origin: str) -> list:
+def add_media(turns: list, record: dict) -> list:
     """Images and audio of the row as parts that come first in the first user turn."""
     parts = [
         {"type": kind, kind: path}
@@ -44,30 +31,36 @@ def add_media(turns: list, record: dict, origin: str) -> list:
             text = turn.get(key)
             rest = text if isinstance(text, list) else [{"type": "text", "text": text}]
             return [*turns[:i], {**turn, key: parts + rest}, *turns[i + 1 :]]
-    raise row_error(f"{origin}: images or audio and no user turn", "a user turn to show them in")
+    raise row_error("images or audio and no user turn", "a user turn to show them in")
 
 
-def resolve_media(kind: str, name: str, where: str, folder: Path | None, anywhere: bool) -> str:
-    """The whole path of a file.
+def media_part(part: dict, folder: Path | None, anywhere: bool) -> dict[str, str]:
+    """A part that names a file, however it is written, with the whole path.
 
     Raises:
         DataError: an address instead of a path, a path outside the folder, or no file there.
     """
+    kind = MEDIA[part["type"]]
+    keys = (part["type"], kind, "path", "url")
+    name = next((part[key] for key in keys if part.get(key)), None)
+    if isinstance(name, dict):
+        name = name.get("url") or name.get("path")
+    told = f"has the {kind} {name!r}"[:220]
+    if not isinstance(name, str):
+        raise row_error(told, "the path of a file")
     name = name.removeprefix("file://")
-    told = f"{where} has the {kind} {name[:200]!r}"
     if "://" in name or name.startswith("data:") or folder is None:
         wanted = "a path within the data folder; nothing is downloaded"
         raise row_error(told, wanted, "save the file beside the rows and name its path")
+    path = folder / name
     try:
-        path, root = (folder / name).resolve(), folder.resolve()
-        there = path.is_file()
+        within, there = path.resolve().is_relative_to(folder.resolve()), path.is_file()
     except (OSError, ValueError, RuntimeError):
-        path, root, there = folder / "?", folder, False
-    if not anywhere and not path.is_relative_to(root):
+        within, there = True, False
+    if not (within or anywhere):
         wanted = "paths within the folder of the rows"
         do = "move the file there, or set media_anywhere if you trust these rows"
         raise row_error(f"{told}, outside of {folder}", wanted, do)
     if not there:
-        wanted = f"the path of a file, from {folder}"
-        raise row_error(f"{told}, and there is no such file", wanted, "mend the path")
-    return str(path)
+        raise row_error(f"{told}, and no such file is in {folder}", "the path of a file")
+    return {"type": kind, kind: str(path.resolve())}

@@ -19,11 +19,7 @@ from ..read.records import row_error
 from .formats import Row
 from .spans import MARKER, MARKERS, TURN, find_marks, model_turns, spans_of
 
-__all__ = ["Rendering", "render"]
-
 _ERRORS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
-"""What a template may raise over a row, besides Jinja's own errors."""
-
 _THOUGHT = re.compile(r"<\|channel>.*?<channel\|>", re.DOTALL)
 _CALLED = re.compile(r"<\|tool_(call|response)>.*?<tool_\1\|>", re.DOTALL)
 _marks_generation = lru_cache(maxsize=8)(re.compile(r"{%-?\s*generation\s*-?%}").search)
@@ -36,7 +32,7 @@ class Rendering:
     Attributes:
         messages: what the template was given; empty for a text row.
         quoted: where in the text markers stand that are the row's own, and open or end no turn.
-        generated: the template's mask of generated tokens, where it has `{% generation %}`.
+        generated: the template's mask (T) of `{% generation %}`, if it has that.
         removed: texts of reasoning that the template was not given.
     """
 
@@ -58,18 +54,15 @@ def render(row: Row, tokenizer: Any, thinking: str, ends: tuple[str, str]) -> Re
         ends: the tokenizer's `<bos>` and `<eos>`.
 
     Raises:
-        DataError: the template refuses the row or leaves out part of it, or the row's text holds
-            what the model could never write.
+        DataError: the template refuses the row or leaves out a part; an answer no model writes.
     """
     if row.shape == "text":
         bos, eos = ends
         return Rendering(row, bos + row.text.removeprefix(bos).removesuffix(eos) + eos)
     if not tokenizer.chat_template:
-        raise row_error(
-            f"{row.origin} is a conversation and the tokenizer has no chat template",
-            "chat_template.jinja, as the instruction-tuned (-it) checkpoints have it",
-            "train an -it checkpoint, or use text rows",
-        )
+        found = "is a conversation and the tokenizer has no chat template"
+        wanted = "chat_template.jinja, as the instruction-tuned (-it) checkpoints have it"
+        raise row_error(found, wanted, "train an -it checkpoint, or use text rows")
     _refuse_markers_in_answers(row, ends)
     thoughts = [thought for turn in row.messages for thought in _thoughts(turn)]
     messages: Sequence[dict[str, Any]] = row.messages
@@ -79,41 +72,33 @@ def render(row: Row, tokenizer: Any, thinking: str, ends: tuple[str, str]) -> Re
     tools = list(row.tools) or None
     for thinks in ({"enable_thinking": True}, {}) if kept else ({},):
         options: dict[str, Any] = {"tools": tools, "tokenize": False, **thinks}
-        text = _apply(row, tokenizer, messages, options)
-        quoted = _quoted_markers(row, tokenizer, messages, options, text)
+        text = _apply(tokenizer, messages, options)
+        quoted = _quoted_markers(tokenizer, messages, options, text)
         if kept and _shows(text, quoted, kept):
             break
     _require_all(row, text, quoted)
     generated = None
     if _marks_generation(tokenizer.get_chat_template(None, tools)):
         options |= {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
-        generated = _apply(row, tokenizer, messages, options)["assistant_masks"]
+        generated = _apply(tokenizer, messages, options)["assistant_masks"]
     return Rendering(row, text, messages, quoted, generated, len(thoughts) - len(kept))
 
 
-def _apply(row: Row, tokenizer: Any, messages: Any, options: dict[str, Any]) -> Any:
+def _apply(tokenizer: Any, messages: Any, options: dict[str, Any]) -> Any:
     from jinja2 import TemplateError
 
     try:
         return tokenizer.apply_chat_template(messages, **options)
-    except (TemplateError, *_ERRORS) as error:
-        raise row_error(
-            f"{row.origin} is refused by the model's chat template: {error}",
-            "roles and fields as the template allows them",
-        ) from None
-
-
-# ---------------------------------------------------------------- reasoning
+    except (TemplateError, *_ERRORS) as error:  # of Jinja, and of Python within the template
+        found = f"is refused by the model's chat template: {error}"
+        raise row_error(found, "roles and fields as the template allows them") from None
 
 
 def _with_thoughts(turn: dict[str, Any], thinking: str) -> dict[str, Any]:
     """A message with its reasoning under the names that templates read, or without any."""
-    if turn["role"] != "assistant":
-        return turn
-    if thinking == "drop":
+    if turn["role"] == "assistant" and thinking == "drop":
         turn = {**turn, "content": _THOUGHT.sub("", turn["content"])}
         turn.pop("reasoning", None)
-        return turn
     return {**turn, "reasoning_content": turn["reasoning"]} if "reasoning" in turn else turn
 
 
@@ -121,10 +106,8 @@ def _thoughts(turn: dict[str, Any]) -> list[str]:
     """The reasoning of an assistant turn: its field, and channels within its text."""
     if turn["role"] != "assistant":
         return []
-    thoughts = [turn.get("reasoning", "").strip()]
-    if "<|channel>" in turn["content"]:
-        thoughts += [span.text for span in spans_of(turn["content"]) if span.kind == "thought"]
-    return [thought for thought in thoughts if thought]
+    within = [span.text for span in spans_of(turn["content"]) if span.kind == "thought"]
+    return [thought for thought in (turn.get("reasoning", "").strip(), *within) if thought]
 
 
 def _shows(text: str, quoted: frozenset[int], thoughts: list[str]) -> bool:
@@ -133,34 +116,26 @@ def _shows(text: str, quoted: frozenset[int], thoughts: list[str]) -> bool:
     return any(span.kind == "thought" and span.text in thoughts for span in spans)
 
 
-# ---------------------------------------------------------------- markers within the row's text
-
-
 def _refuse_markers_in_answers(row: Row, ends: tuple[str, str]) -> None:
     """No answer can hold what ends or opens a turn: generation would stop there."""
     never = (TURN, END_OF_TURN, *ends)
     for number, turn in enumerate(row.messages, 1):
         if not isinstance(turn["content"], str):
-            raise row_error(
-                f"{row.origin}: turn {number} ({turn['role']}) holds images or audio",
-                "text, which alone can be trained on so far",
-            )
+            what = f"turn {number} ({turn['role']}) holds images or audio"
+            raise row_error(what, "text, which alone can be trained on so far")
         if turn["role"] != "assistant":
             continue
         found = [marker for marker in never if marker in turn["content"]]
         for inner in _strings((turn.get("reasoning"), turn.get("tool_calls"))):
             found += [marker for marker in (*ends, *MARKERS) if marker in inner]
         if found:
-            held = " and ".join(dict.fromkeys(found))
-            raise row_error(
-                f"{row.origin}: turn {number}, an answer, holds {held}",
-                "answers without the markers that the chat template sets",
-                "remove the markers from the answer",
-            )
+            what = f"turn {number}, an answer, holds {' and '.join(dict.fromkeys(found))}"
+            wanted = "answers without the markers that the chat template sets"
+            raise row_error(what, wanted, "remove the markers from the answer")
 
 
 def _quoted_markers(
-    row: Row, tokenizer: Any, messages: Sequence[dict[str, Any]], options: dict[str, Any], text: str
+    tokenizer: Any, messages: Sequence[dict[str, Any]], options: dict[str, Any], text: str
 ) -> frozenset[int]:
     """Where markers stand in the rendering that come from the text of the row.
 
@@ -172,14 +147,12 @@ def _quoted_markers(
     if not any(MARKER.search(string) for string in _strings([others, options["tools"]])):
         return frozenset()
     letters = [turn if turn["role"] == "assistant" else _neutralised(turn) for turn in messages]
-    plain = _apply(row, tokenizer, letters, options | {"tools": _neutralised(options["tools"])})
+    plain = _apply(tokenizer, letters, options | {"tools": _neutralised(options["tools"])})
     left = {mark.char for mark in find_marks(plain)}
     marks = find_marks(text)
     if len(plain) != len(text) or not left <= {mark.char for mark in marks}:
-        raise row_error(
-            f"{row.origin}: the chat template changes with the markers in the row's text",
-            "text without the markers that the chat template sets",
-        )
+        found = "the chat template changes with the markers in the row's text"
+        raise row_error(found, "text without the markers that the chat template sets")
     return frozenset(mark.char for mark in marks if mark.char not in left)
 
 
@@ -199,9 +172,6 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(inner)
 
 
-# ---------------------------------------------------------------- nothing silent
-
-
 def _require_all(row: Row, text: str, quoted: frozenset[int]) -> None:
     """System text, questions and tools must be there; answers are held against the text later."""
     lost = [
@@ -216,8 +186,6 @@ def _require_all(row: Row, text: str, quoted: frozenset[int]) -> None:
     names = [tool["function"]["name"] for tool in row.tools]
     lost += [f"the tool {name}" for name in names if name not in text]
     if lost:
-        raise row_error(
-            f"{row.origin}: the chat template leaves out {', '.join(lost)}",
-            "a template that renders the whole row",
-            "use Gemma 4's own template, or remove that part of the row",
-        )
+        found = f"the chat template leaves out {', '.join(lost)}"
+        do = "use Gemma 4's own template, or remove that part of the row"
+        raise row_error(found, "a template that renders the whole row", do)

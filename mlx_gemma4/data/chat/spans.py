@@ -17,8 +17,8 @@ templates leave out earlier ones. A template's `{% generation %}` marks must agr
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, groupby, pairwise
+from collections.abc import Iterator, Sequence
+from itertools import chain, groupby, pairwise, takewhile
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,21 +26,6 @@ import numpy as np
 from ...errors import DataError
 from ...model.tokenizer import END_OF_TURN
 from ..read.records import row_error
-
-__all__ = [
-    "MARKER",
-    "MARKERS",
-    "TURN",
-    "Mark",
-    "Span",
-    "between_tool_results",
-    "check_against_generation",
-    "check_against_row",
-    "find_marks",
-    "model_turns",
-    "spans_of",
-    "user_turns",
-]
 
 TURN = "<|turn>"
 _CHANNEL, _CALL, _RESPONSE = "<|channel>", "<|tool_call>", "<|tool_response>"
@@ -67,13 +52,9 @@ class Mark(NamedTuple):
 
 
 class Span(NamedTuple):
-    """A part of a model turn: tokens[first:last].
+    """A part of a model turn: tokens[first:last], markers included, and its text without them.
 
-    Attributes:
-        kind: "text", "thought", "call", "response", or "end" for a token on which generation
-            stops.
-        text: what it holds, without its markers.
-        first, last: its tokens, markers included.
+    `kind` is "text", "thought", "call", "response", or "end" for a token that stops generation.
     """
 
     kind: str
@@ -94,18 +75,11 @@ def spans_of(text: str) -> list[Span]:
     return list(_parse(text, find_marks(text), Mark("", 0), Mark("", len(text))))
 
 
-def user_turns(text: str, marks: Iterable[Mark]) -> list[int]:
-    """The tokens at which turns of the user open."""
-    return [m.token for m in marks if m.marker == TURN and text.startswith("user\n", m.end)]
-
-
 def model_turns(text: str, marks: list[Mark], num_tokens: int, header: int) -> list[list[Span]]:
     """The spans of every turn of the model in a rendered conversation.
 
     Args:
-        marks: its markers with their tokens.
-        num_tokens: tokens of the text.
-        header: tokens of "model" and the line's end.
+        marks: its markers with their tokens; `header` tokens are "model" and the line's end.
     """
     ends = [*marks, Mark(TURN, len(text), num_tokens)]
     opens = [i for i, mark in enumerate(ends) if mark.marker == TURN]
@@ -116,17 +90,6 @@ def model_turns(text: str, marks: list[Mark], num_tokens: int, header: int) -> l
             first = Mark("", start.end + len("model\n"), start.token + 1 + header)
             turns.append(list(_parse(text, marks[i + 1 : following], first, ends[following])))
     return turns
-
-
-def between_tool_results(turn: list[Span]) -> list[list[Span]]:
-    """The spans of a turn in runs: one up to each end or tool result, and one after the last."""
-    runs: list[list[Span]] = [[]]
-    for span in turn:
-        if span.kind != "response":
-            runs[-1].append(span)
-        if span.kind in ("end", "response"):
-            runs.append([])
-    return [run for run in runs if run]
 
 
 def _parse(text: str, marks: list[Mark], start: Mark, stop: Mark) -> Iterator[Span]:
@@ -165,20 +128,15 @@ def _parse(text: str, marks: list[Mark], start: Mark, stop: Mark) -> Iterator[Sp
         yield Span("text", text[char : stop.char], token, stop.token)
 
 
-# ---------------------------------------------------------------- the proof
-
-
 def check_against_row(
-    messages: Sequence[dict[str, Any]], turns: list[list[Span]], origin: str
+    messages: Sequence[dict[str, Any]], turns: list[list[Span]]
 ) -> tuple[list[bool], int]:
     """Hold the model turns of a rendering against the assistant turns of its row.
 
     Returns:
         for every model turn whether it may be a target (`"train": False` forbids it), and how many
-        texts of reasoning of the row are not in the rendering.
-
-    Raises:
-        DataError: they differ; with a picture of both.
+        texts of reasoning of the row are not in the rendering. Where else they differ a DataError
+        shows both.
     """
     groups = _groups(messages, len(turns))
     parts = turns if len(groups) == len(turns) else [list(chain(*turns))]
@@ -195,15 +153,13 @@ def check_against_row(
             and all(name in call for name, call in zip(*calls))
             and "".join(texts[0]) == "".join(texts[1])
         ):
-            pair = "the row says", _as_text(said), "the model turn is", _as_text(spans)
-            raise _disagreement(origin, *pair)
+            shown = {"the row says": _as_text(said), "the model turn is": _as_text(spans)}
+            raise _disagreement(shown)
         dropped += len(thoughts[0]) - len(thoughts[1])
         wishes = {turn.get("train", True) for turn in group}
         if len(wishes) > 1:
-            raise row_error(
-                f"{origin}: one model turn holds answers with weight 0 and answers with weight 1",
-                "one weight for all assistant turns between two questions",
-            )
+            found = "one model turn holds answers with weight 0 and answers with weight 1"
+            raise row_error(found, "one weight for all assistant turns between two questions")
         may_train.append(wishes != {False})
     return may_train if parts is turns else may_train * len(turns), dropped
 
@@ -211,29 +167,28 @@ def check_against_row(
 def check_against_generation(
     tokens: np.ndarray,
     turns: list[list[Span]],
-    generated: np.ndarray,
-    thinking: str,
-    origin: str,
+    silent: list[Span],
+    generated: Sequence[int],
     tokenizer: Any,
 ) -> None:
     """Hold the model turns against `generated`, the template's mask (T) of `{% generation %}`.
 
     Templates differ in whether the end of a turn and its line are marked, and may leave out
-    reasoning that is no target; all else must be the same.
-
-    Raises:
-        DataError: they differ; with a picture of both.
+    `silent` spans, reasoning that is no target. Where else they differ a DataError shows both.
     """
-    ours, skipped, after = (np.zeros(len(tokens) + 1, bool) for _ in range(3))
+    ours, compared = np.zeros(len(tokens), bool), np.ones(len(tokens), bool)
     for span in chain(*turns):
         ours[span.first : span.last] = span.kind != "response"
-        no_target = span.kind == "thought" and (thinking == "mask" or not span.text)
-        skipped[span.first : span.last] = span.kind == "end" or no_target
-        after[span.last] = span.kind == "end"
-    ours, compared = ours[:-1], ~(skipped | (after & ~ours))[:-1]
-    if ((ours != generated) & compared).any():
-        shown = [tokenizer.decode(tokens[mask & compared]) for mask in (ours, generated)]
-        raise _disagreement(origin, "by markers", shown[0], "by {% generation %}", shown[1])
+    for span in chain(*turns):
+        if span.kind == "end":
+            compared[span.first : span.last] = False
+            compared[span.last : span.last + 1] &= ours[span.last : span.last + 1]
+    for span in silent:
+        compared[span.first : span.last] = False
+    ours, theirs = ours & compared, np.array(generated, bool) & compared
+    if (ours != theirs).any():
+        marked = {"by markers": ours, "by {% generation %}": theirs}
+        raise _disagreement({name: tokenizer.decode(tokens[m]) for name, m in marked.items()})
 
 
 def _groups(messages: Sequence[dict[str, Any]], num_turns: int) -> list[list[dict[str, Any]]]:
@@ -241,22 +196,22 @@ def _groups(messages: Sequence[dict[str, Any]], num_turns: int) -> list[list[dic
 
     A template makes a turn of each message, or of all between two questions.
     """
-    singles = [[turn] for turn in messages if turn["role"] == "assistant"]
+    ours = [turn for turn in messages if turn["role"] == "assistant"]
     runs = groupby(messages, lambda turn: turn["role"] in ("assistant", "tool"))
-    joined = [[turn for turn in run if turn["role"] == "assistant"] for ours, run in runs if ours]
-    for groups in (singles, joined):
-        if len(groups) == num_turns:
-            return groups
-    return [list(chain(*singles))]
+    joined = [
+        [turn for turn in run if turn["role"] == "assistant"] for is_ours, run in runs if is_ours
+    ]
+    if len(ours) == num_turns:
+        return [[turn] for turn in ours]
+    return joined if len(joined) == num_turns else [ours]
 
 
 def _spans_of_row(messages: list[dict[str, Any]]) -> list[Span]:
-    """What messages say, reasoning and the names of called tools included; without tokens."""
     spans = []
     for turn in messages:
         spans += [Span("thought", turn.get("reasoning", ""), 0, 0), *spans_of(turn["content"])]
-        names = [call["function"]["name"] for call in turn.get("tool_calls", ())]
-        spans += [Span("call", name, 0, 0) for name in names]
+        calls = turn.get("tool_calls", ())
+        spans += [Span("call", call["function"]["name"], 0, 0) for call in calls]
     return spans
 
 
@@ -273,17 +228,17 @@ def _as_text(spans: list[Span]) -> str:
     return " ".join([*thoughts, *calls, *words])
 
 
-def _disagreement(origin: str, left: str, ours: str, right: str, theirs: str) -> DataError:
-    pairs = enumerate(zip(ours, theirs))
-    differ = next((i for i, (a, b) in pairs if a != b), min(len(ours), len(theirs)))
-    start = max(0, differ - _BEFORE)
-    width = max(len(left), len(right))
+def _disagreement(shown: dict[str, str]) -> DataError:
+    """The error for two texts that should be equal: both, from shortly before they part."""
+    equal = takewhile(lambda pair: pair[0] == pair[1], zip(*shown.values()))
+    start = max(0, len(list(equal)) - _BEFORE)
+    width = max(map(len, shown))
     lines = [
         f"\n    {name:{width}}  {'...' * (start > 0)}{text[start : start + _SHOWN]!r}"
-        for name, text in ((left, ours), (right, theirs))
+        for name, text in shown.items()
     ]
     return row_error(
-        f"{origin}: the rendering does not show what the model is to learn{lines[0]}{lines[1]}",
+        f"the rendering does not show what the model is to learn{''.join(lines)}",
         "<|turn>model ... <turn|> around the text and the tool calls of every answer",
         "use Gemma 4's own template, or mend the row",
     )

@@ -8,14 +8,13 @@ import hashlib
 import io
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from ...errors import DataError, listing
 from .records import Raw, csv_rows, json_values, lines, parquet_rows
-
-__all__ = ["SPLITS", "SPLIT_NAMES", "DataFile", "find_files", "hash_file"]
 
 SPLITS = ("train", "valid", "test")
 SPLIT_NAMES = {"train": "train", "test": "test"} | dict.fromkeys(
@@ -25,18 +24,14 @@ _NAME = re.compile(
     rf"({'|'.join(SPLIT_NAMES)})(?:[-_.]\d[\w-]*)?"
     r"\.(jsonl|ndjson|json|csv|tsv|parquet)((?:\.gz|\.zst)?)"
 )
+_READERS = {"jsonl": lines, "json": json_values, "csv": csv_rows, "parquet": parquet_rows}
 _MAGIC = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst"}
 _WANTED = "rows as JSONL, JSON, CSV or Parquet, in UTF-8, also .gz or .zst"
 
 
 @dataclass(frozen=True)
 class DataFile:
-    """A file of rows.
-
-    Attributes:
-        kind: "jsonl", "json", "csv" or "parquet".
-        compression: ".gz", ".zst" or "".
-    """
+    """A file of rows; its kind is one of _READERS, its compression ".gz", ".zst" or ""."""
 
     path: Path
     kind: str
@@ -68,51 +63,51 @@ class DataFile:
         return f"{self.label} {hash_file(self.path)}"
 
     def records(self) -> Iterator[tuple[int, Raw]]:
-        """(line, raw row) of every row; blank lines are passed over.
-
-        Raises:
-            DataError: the file as a whole cannot be read on.
-        """
-        readers = {"jsonl": lines, "json": json_values, "csv": csv_rows, "parquet": parquet_rows}
-        try:
-            with self.open() as stream:
-                yield from readers[self.kind](stream, self.place)
-        except (OSError, EOFError, csv.Error) as error:
-            raise _unreadable(self.path, error) from None
-
-    def open(self) -> IO[bytes]:
-        if self.compression == ".gz":
-            return gzip.open(self.path, "rb")  # type: ignore[return-value]
-        if self.compression == ".zst":
-            import pyarrow
-
-            source = pyarrow.OSFile(str(self.path))
-            return io.BufferedReader(pyarrow.CompressedInputStream(source, "zstd"), 1 << 20)
-        return self.path.open("rb", buffering=1 << 20)
+        """(line, raw row) of every row; a DataError if the file as a whole cannot be read on."""
+        with _readable(self.path), _opened(self.path, self.compression) as stream:
+            yield from _READERS[self.kind](stream, self.place)
 
     @classmethod
     def of(cls, path: Path) -> DataFile:
         """What a file is, by its first bytes; its name decides only what those leave open.
 
-        Raises:
-            DataError: a file that cannot be read, or holds something other than rows.
+        A DataError refuses a file that cannot be read, or holds something other than rows.
         """
-        try:
+        with _readable(path):
             with path.open("rb") as file:
                 start = file.read(4)
             compression = next((c for m, c in _MAGIC.items() if start.startswith(m)), "")
-            with cls(path, "", compression).open() as stream:
+            with _opened(path, compression) as stream:
                 head = stream.read(4096)
-        except (OSError, EOFError) as error:
-            raise _unreadable(path, error) from None
-        suffixes = [s for s in path.suffixes if s not in (".gz", ".zst")]
+        suffixes = [s for s in path.suffixes if s not in _MAGIC.values()]
         kind = _kind(head, suffixes[-1].lower() if suffixes else "")
         if kind == "parquet" and compression:
             kind = "a compressed Parquet file"
-        if kind not in ("jsonl", "json", "csv", "parquet"):
-            do = "convert the file, or name another"
-            raise DataError(f"{path} is {kind}", wanted=_WANTED, do=do)
-        return cls(path, kind, compression)
+        if kind in _READERS:
+            return cls(path, kind, compression)
+        do = "convert the file, or name another"
+        raise DataError(f"{path} is {kind}", wanted=_WANTED, do=do)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Errors of reading that come out of the block name the file."""
+    try:
+        yield
+    except (OSError, EOFError, csv.Error) as error:
+        found = f"cannot read {path}: {error}"
+        raise DataError(found, wanted=_WANTED, do="check the file") from None
+
+
+def _opened(path: Path, compression: str) -> IO[bytes]:
+    if compression == ".gz":
+        return gzip.open(path, "rb")  # type: ignore[return-value]
+    if compression == ".zst":
+        import pyarrow
+
+        source = pyarrow.OSFile(str(path))
+        return io.BufferedReader(pyarrow.CompressedInputStream(source, "zstd"), 1 << 20)
+    return path.open("rb", buffering=1 << 20)
 
 
 def _kind(head: bytes, suffix: str) -> str:
@@ -133,63 +128,47 @@ def _kind(head: bytes, suffix: str) -> str:
     return "a file of a kind that is not known"
 
 
-def _unreadable(path: Path, error: Exception) -> DataError:
-    return DataError(f"cannot read {path}: {error}", wanted=_WANTED, do="check the file")
-
-
 def hash_file(path: Path) -> str:
     """SHA-256 of a file's content: gigabytes take seconds, and no change escapes it."""
     digest = hashlib.sha256()
-    try:
-        with path.open("rb", buffering=0) as file:
-            while piece := file.read(1 << 22):
-                digest.update(piece)
-    except OSError as error:
-        raise _unreadable(path, error) from None
+    with _readable(path), path.open("rb", buffering=0) as file:
+        while piece := file.read(1 << 22):
+            digest.update(piece)
     return digest.hexdigest()
 
 
 def find_files(source: str | Path) -> dict[str, list[DataFile]]:
     """The files of each split: of a folder its train, valid and test files, of a file train.
 
-    A split may be one file (`train.jsonl`) or several (`train-00000-of-00002.parquet`); `dev`,
-    `val` and `validation` are other words for `valid`.
+    A split is one file or several (`train-00000-of-00002.parquet`); see SPLIT_NAMES for its names.
 
-    Raises:
-        DataError: neither, a folder without train file, or a split in two formats.
+    A DataError refuses a path that is neither, no train file, and a split in two formats.
     """
     source = Path(source).expanduser()
     if source.is_file():
         return {"train": [DataFile.of(source)]}
     if not source.is_dir():
-        raise DataError(
-            f"{source} does not exist" if not source.exists() else f"{source} is no file",
-            wanted="a folder with train.jsonl, a file of rows, or the id of a Hub dataset",
-            do="check the path given as data",
-        )
-    found: dict[str, list[Path]] = {split: [] for split in SPLITS}
-    forms: dict[str, set[str]] = {split: set() for split in SPLITS}
-    try:
-        names = sorted(path.name for path in source.iterdir())
-    except OSError as error:
-        raise _unreadable(source, error) from None
-    for name in names:
-        if (match := _NAME.fullmatch(name)) and not (source / name).is_dir():
-            split = SPLIT_NAMES[match[1]]
-            found[split].append(source / name)
-            forms[split].add(match.expand(r"\1\2\3"))
-    if not found["train"]:
-        raise DataError(
-            f"{source} has no train.jsonl; it holds {', '.join(names[:10]) or 'nothing'}",
-            wanted="train.jsonl (.json, .csv, .parquet), and if you have them valid and test",
-            do="rename the file, or name the file itself as data",
-        )
-    for split, paths in found.items():
-        if len(forms[split]) > 1:
-            several = listing(path.name for path in paths)
-            raise DataError(
-                f"{source} has the {split} split in several forms:{several}",
-                wanted="one form of each split",
-                do="remove those that are not meant",
-            )
-    return {split: [DataFile.of(path) for path in paths] for split, paths in found.items() if paths}
+        found = f"{source} is no file" if source.exists() else f"{source} does not exist"
+        wanted = "a folder with train.jsonl, a file of rows, or the id of a Hub dataset"
+        raise DataError(found, wanted=wanted, do="check the path given as data")
+    with _readable(source):
+        paths = sorted(source.iterdir())
+    splits: dict[str, list[re.Match]] = {split: [] for split in SPLITS}
+    for path in paths:
+        if (match := _NAME.fullmatch(path.name)) and not path.is_dir():
+            splits[SPLIT_NAMES[match[1]]].append(match)
+    if not splits["train"]:
+        held = ", ".join(path.name for path in paths[:10]) or "nothing"
+        found = f"{source} has no train.jsonl; it holds {held}"
+        wanted = "train.jsonl (.json, .csv, .parquet), and if you have them valid and test"
+        raise DataError(found, wanted=wanted, do="rename the file, or name it as data")
+    for split, names in splits.items():
+        if len({name.groups() for name in names}) > 1:
+            several = listing(name.string for name in names)
+            found = f"{source} has the {split} split in several forms:{several}"
+            raise DataError(found, wanted="one form of each split", do="remove the others")
+    return {
+        split: [DataFile.of(source / name.string) for name in names]
+        for split, names in splits.items()
+        if names
+    }

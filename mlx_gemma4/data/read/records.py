@@ -6,18 +6,16 @@ A raw row is what a format gives unseen: the bytes of a JSONL line, a value of a
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
 import re
 from collections.abc import Iterator
 from itertools import chain
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, NoReturn
 
 from ...errors import DataError
-
-__all__ = ["Cells", "Raw", "csv_rows", "json_values", "lines", "parquet_rows", "record_of",
-           "row_error", "without_nulls"]  # fmt: skip
 
 Raw = Any
 
@@ -25,13 +23,6 @@ _MOST_BYTES = 8_000_000
 """A longer row is refused: no context holds it, and it is often a file without line ends."""
 
 _SPACE = re.compile(r"[ \t\r\n]*")
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON number")
-
-
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
 class Cells(NamedTuple):
@@ -46,22 +37,30 @@ def row_error(found: str, wanted: str, do: str = "mend or remove the line") -> D
     return DataError(found, wanted=wanted, do=do)
 
 
-def record_of(raw: Raw, origin: str) -> dict[str, Any]:
+@contextlib.contextmanager
+def located(place: str) -> Iterator[None]:
+    """Errors about rows that come out of the block begin with a place, such as "file:3"."""
+    try:
+        yield
+    except DataError as error:
+        raise row_error(f"{place}: {error.found}", error.wanted, error.do) from None
+
+
+def record_of(raw: Raw) -> dict[str, Any]:
     """A raw row as a dict.
 
-    Raises:
-        DataError: a row that is too long, not UTF-8, not JSON or no object, or a CSV line with
-            more or fewer cells than the first.
+    A DataError refuses what is too long, not UTF-8, not JSON or no object, or a CSV line with more
+    or fewer cells than the first.
     """
     if isinstance(raw, Cells):
         if len(raw.cells) != len(raw.names):
             wanted = f"{len(raw.names)}, as the first line: {', '.join(raw.names)}"
-            raise row_error(f"{origin} has {len(raw.cells)} cells", wanted)
+            raise row_error(f"has {len(raw.cells)} cells", wanted)
         return dict(zip(*raw))
-    value = _parsed(raw, origin) if isinstance(raw, bytes) else raw
+    value = _parsed(raw) if isinstance(raw, bytes) else raw
     if not isinstance(value, dict):
         kind = type(value).__name__
-        raise row_error(f"{origin} is of type {kind}", "an object with the fields of a row")
+        raise row_error(f"is of type {kind}", "an object with the fields of a row")
     return value
 
 
@@ -91,21 +90,17 @@ def lines(stream: IO[bytes], place: str) -> Iterator[tuple[int, bytes]]:
 def json_values(stream: IO[bytes], place: str) -> Iterator[tuple[int, Any]]:
     """The items of an array, or values one after the other; never more than a few in memory."""
     text = _JsonText(io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape"), place)
-    if text.peek() == "[":
-        text.at += 1
-        more = text.peek() != "]"
-        while more:
-            yield text.value()
-            more = text.peek() == ","
-            text.at += more
-        if text.peek() != "]":
-            raise text.error("no comma or ']' behind a value")
-        text.at += 1
-    else:
+    if not text.take("["):
         while text.peek():
             yield text.value()
+    elif not text.take("]"):
+        yield text.value()
+        while text.take(","):
+            yield text.value()
+        if not text.take("]"):
+            text.refuse("no comma or ']' behind a value")
     if text.peek():
-        raise text.error("text after the last value")
+        text.refuse("text after the last value")
 
 
 def csv_rows(stream: IO[bytes], place: str) -> Iterator[tuple[int, Cells]]:
@@ -116,7 +111,7 @@ def csv_rows(stream: IO[bytes], place: str) -> Iterator[tuple[int, Cells]]:
     delimiter = next((d for d in ",\t;" if d in header), ",")
     names = next(csv.reader([header], delimiter=delimiter), [])
     if any(not name.strip() for name in names) or len(set(names)) < len(names):
-        found = f"{place}1 has the columns {', '.join(map(repr, names))}"
+        found = f"{place}1: has the columns {', '.join(map(repr, names))}"
         raise row_error(found, "a first line that names every column, each once")
     reader = csv.reader(text, delimiter=delimiter, strict=True)
     number = 2
@@ -127,7 +122,7 @@ def csv_rows(stream: IO[bytes], place: str) -> Iterator[tuple[int, Cells]]:
             number = reader.line_num + 2
     except csv.Error as error:
         wanted = 'cells with commas, quotes or line ends in "quotes"'
-        raise row_error(f"{place}{number} is not CSV: {error}", wanted) from None
+        raise row_error(f"{place}{number}: is not CSV: {error}", wanted) from None
 
 
 def parquet_rows(stream: IO[bytes], place: str) -> Iterator[tuple[int, dict]]:
@@ -144,28 +139,30 @@ def parquet_rows(stream: IO[bytes], place: str) -> Iterator[tuple[int, dict]]:
         raise OSError(str(error)) from None
 
 
-# ---------------------------------------------------------------- JSON
-
-
-def _parsed(line: bytes, origin: str) -> Any:
+def _parsed(line: bytes) -> Any:
     if len(line) > _MOST_BYTES and not line.endswith(b"\n"):
-        raise row_error(
-            f"{origin} is longer than {_MOST_BYTES // 1_000_000} MB",
-            "one row a line, each shorter than the model's context",
-        )
+        wanted = "one row a line, each shorter than the model's context"
+        raise row_error(f"is longer than {_MOST_BYTES // 1_000_000} MB", wanted)
     try:
         return _DECODER.decode(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise row_error(f"{origin} is not UTF-8: {error}", "text in UTF-8") from None
+        raise row_error(f"is not UTF-8: {error}", "text in UTF-8") from None
     except (ValueError, RecursionError) as error:
-        raise _not_json(origin, error) from None
+        raise _not_json(error) from None
 
 
-def _not_json(origin: str, error: Exception | str) -> DataError:
+def _not_json(error: Exception | str) -> DataError:
     told = "nested too deep" if isinstance(error, RecursionError) else str(error)
     if isinstance(error, json.JSONDecodeError):
         told = f"{error.msg}, column {error.colno}"
-    return row_error(f"{origin} is not JSON: {told}", "one JSON object a line")
+    return row_error(f"is not JSON: {told}", "one JSON object a line")
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
 class _JsonText:
@@ -173,49 +170,54 @@ class _JsonText:
 
     def __init__(self, stream: io.TextIOWrapper, place: str):
         self._stream, self._place = stream, place
-        self._text, self.at, self._line = "", 0, 1
+        self._text, self._at, self._line = "", 0, 1
 
     def _more(self) -> bool:
-        piece = self._stream.read(max(1 << 18, len(self._text) - self.at))
-        self._text, self.at = self._text[self.at :] + piece, 0
+        piece = self._stream.read(max(1 << 18, len(self._text) - self._at))
+        self._text, self._at = self._text[self._at :] + piece, 0
         return bool(piece)
 
     def _advance(self, to: int) -> None:
-        self._line += self._text.count("\n", self.at, to)
-        self.at = to
+        self._line += self._text.count("\n", self._at, to)
+        self._at = to
 
     def peek(self) -> str:
         """The next character that is no space, or "" at the end."""
         while True:
-            match = _SPACE.match(self._text, self.at)
-            self._advance(match.end() if match else self.at)
-            if self.at < len(self._text):
-                return self._text[self.at]
-            if not self._more():
-                return ""
+            match = _SPACE.match(self._text, self._at)
+            self._advance(match.end() if match else self._at)
+            if self._at < len(self._text) or not self._more():
+                return self._text[self._at : self._at + 1]
+
+    def take(self, character: str) -> bool:
+        """Whether a character comes next, which is then passed."""
+        found = self.peek() == character
+        self._at += found
+        return found
 
     def value(self) -> tuple[int, Any]:
         """(line, value); of a value over the limit its text, which is over it too."""
         if not self.peek():
-            raise self.error("the file ends within a value")
+            self.refuse("the file ends within a value")
         while True:
             try:
-                value, end = _DECODER.raw_decode(self._text, self.at)
+                value, end = _DECODER.raw_decode(self._text, self._at)
+                break
             except (ValueError, RecursionError) as error:
-                wide = len(self._text) - self.at > 4 * _MOST_BYTES
+                wide = len(self._text) - self._at > 4 * _MOST_BYTES
                 if wide or isinstance(error, RecursionError) or not self._more():
-                    raise self.error(error) from None
-                continue
-            line, start = self._line, self.at
-            self._advance(end)
-            if end - start > _MOST_BYTES:
-                value = self._text[start:end].encode("utf-8", "surrogateescape")
-            return line, value
+                    self.refuse(error)
+        line, start = self._line, self._at
+        self._advance(end)
+        if end - start > _MOST_BYTES:
+            value = self._text[start:end].encode("utf-8", "surrogateescape")
+        return line, value
 
-    def error(self, error: Exception | str) -> DataError:
-        """What is wrong, with the line that it stands on."""
+    def refuse(self, error: Exception | str) -> NoReturn:
+        """Raise what is wrong, with the line that it stands on."""
         line = self._line
         if isinstance(error, json.JSONDecodeError):
-            line += self._text.count("\n", self.at, error.pos)
+            line += self._text.count("\n", self._at, error.pos)
             error = error.msg
-        return _not_json(f"{self._place}{line}", error)
+        with located(f"{self._place}{line}"):
+            raise _not_json(error) from None

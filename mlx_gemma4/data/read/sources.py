@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 import sys
@@ -15,23 +16,17 @@ from ...errors import ConfigError, DataError
 from .files import SPLIT_NAMES, DataFile, find_files, hash_file
 from .records import Raw, without_nulls
 
-__all__ = ["Input", "Source", "find_sources"]
-
 Input = Any
-"""Paths or Hub ids: one, several, or a dict of their weights. Or rows: a list of dicts, a
-`datasets.Dataset`, or a dict of such by split."""
+"""Paths or Hub ids, or a dict of their weights; or rows: dicts or a Dataset, or a dict by split."""
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(?<!\.jsonl)(?<!\.json)(?<!\.csv)(?<!\.parquet)")
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows that the caller has, or a split of a Hub dataset, which stays in Arrow files.
+    """Rows that the caller has, dicts or a Dataset, or a split ("hub") that stays in Arrow files.
 
-    Attributes:
-        place: what stands before a row's number in messages: "rows[", "owner/name[train]:row ".
-        rows: a sequence of dicts, or a `datasets.Dataset`.
-        label: what it is, for the summary: "rows" or "hub".
+    `place` stands before a row's number in messages: "rows[", "owner/name[train]:row ".
     """
 
     place: str
@@ -50,8 +45,14 @@ class Table:
         return len(self.rows)
 
     def records(self) -> Iterator[tuple[int, Raw]]:
-        """(number, raw row) of every row; those of the caller are counted from 0."""
-        rows = _rows_of_table(self.rows) if _is_table(self.rows) else self.rows
+        """(number, raw row) of every row; those of the caller are counted from 0.
+
+        Images and audio of a `datasets.Dataset` are not decoded.
+        """
+        rows = self.rows
+        if _is_table(rows):
+            batches = rows.with_format("arrow").iter(batch_size=1000)
+            rows = (without_nulls(row) for batch in batches for row in batch.to_pylist())
         return enumerate(rows, 1 if self.label == "hub" else 0)
 
     def fingerprint(self) -> str | None:
@@ -80,16 +81,11 @@ def find_sources(
     if isinstance(given, Mapping) and any(map(_are_rows, given.values())):
         return {"rows": 1.0}, [_splits_of_rows(given)]
     if not isinstance(given, (str, Path, Sequence, Mapping)):
-        raise DataError(
-            f"data is a {type(given).__name__}",
-            wanted="paths, a Hub id, a list of dicts, a datasets.Dataset, or a dict of splits",
-            do="make a list of the rows",
-        )
+        found = f"data is a {type(given).__name__}"
+        wanted = "paths, a Hub id, a list of dicts, a datasets.Dataset, or a dict of splits"
+        raise DataError(found, wanted=wanted, do="make a list of the rows")
     mix = parse_mix(given)
     return mix, [_splits_of(name, config) for name in mix]
-
-
-# ---------------------------------------------------------------- paths and their weights
 
 
 def parse_mix(source: Input) -> dict[str, float]:
@@ -101,43 +97,32 @@ def parse_mix(source: Input) -> dict[str, float]:
     if isinstance(source, (str, Path)):
         whole = Path(source).expanduser().exists()
         source = [source] if whole else [part.strip() for part in str(source).split(",")]
-    pairs = source.items() if isinstance(source, Mapping) else map(_weight, source)
+    pairs = source.items() if isinstance(source, Mapping) else map(_weight, map(str, source))
     mix = {str(name): weight for name, weight in pairs}
     for name, weight in mix.items():
         if not (isinstance(weight, (int, float)) and 0 < weight <= 1000):
-            raise ConfigError(
-                f"{name} has the weight {weight}",
-                wanted="a number above 0: 2 takes every row twice, 0.5 half of the rows",
-                do="change the weight",
-            )
+            wanted = "a number above 0: 2 takes every row twice, 0.5 half of the rows"
+            raise ConfigError(f"{name} has the weight {weight}", wanted=wanted, do="change it")
     if not mix:
         raise ConfigError("data names no source", wanted="a file or folder", do="name one")
     return mix
 
 
-def _weight(source: str | Path) -> tuple[str, float]:
-    text = str(source)
-    name, sign, weight = text.rpartition("=")
-    if not sign or Path(text).expanduser().exists():
-        return text, 1.0
-    try:
-        return name, float(weight)
-    except ValueError:
-        return text, 1.0
+def _weight(source: str) -> tuple[str, float]:
+    name, sign, weight = source.rpartition("=")
+    if sign and not Path(source).expanduser().exists():
+        with contextlib.suppress(ValueError):
+            return name, float(weight)
+    return source, 1.0
 
 
 def _splits_of(source: str, config: DataConfig) -> Mapping[str, Sequence[Source]]:
     """Of a Hub id, or a folder of which a configuration or split is asked for, by `datasets`."""
     path = Path(source).expanduser()
-    if path.is_dir():
-        if config.dataset_config or config.dataset_split:
-            return _splits_of_dataset(source, str(path), config)
-    elif not path.exists() and _ID.fullmatch(source):
-        return _splits_of_dataset(source, source, config)
+    is_named = config.dataset_config or config.dataset_split
+    if (path.is_dir() and is_named) or (not path.exists() and _ID.fullmatch(source)):
+        return _splits_of_dataset(source, config)
     return find_files(source)
-
-
-# ---------------------------------------------------------------- rows in memory
 
 
 def _is_table(rows: Any) -> bool:
@@ -146,62 +131,45 @@ def _is_table(rows: Any) -> bool:
     return library is not None and isinstance(rows, library.Dataset)
 
 
-def _rows_of_table(table: Any) -> Iterator[dict]:
-    """The rows of a `datasets.Dataset` as dicts; images and audio are not decoded."""
-    for part in table.with_format("arrow").iter(batch_size=1000):
-        yield from map(without_nulls, part.to_pylist())
-
-
 def _are_rows(given: Any) -> bool:
-    if _is_table(given):
-        return True
     is_list = isinstance(given, Sequence) and not isinstance(given, (str, bytes))
-    return is_list and len(given) > 0 and isinstance(given[0], Mapping)
+    return _is_table(given) or (is_list and len(given) > 0 and isinstance(given[0], Mapping))
 
 
 def _splits_of_rows(given: Mapping[str, Any]) -> dict[str, list[Source]]:
-    found: dict[str, list[Source]] = {}
     for name, rows in given.items():
         if name not in SPLIT_NAMES or not (_are_rows(rows) or rows == []):
-            raise DataError(
-                f"the rows hold the split {name!r}, a {type(rows).__name__}",
-                wanted=f"lists of dicts or datasets under the names {', '.join(SPLIT_NAMES)}",
-                do="rename the split, or leave it out",
-            )
-        if rows:
-            found[SPLIT_NAMES[name]] = [Table(f"rows[{name!r}][", rows)]
-    return _with_train(
-        found, f"the rows hold the splits {', '.join(given)}, and no row to train on"
-    )
+            found = f"the rows hold the split {name!r}, a {type(rows).__name__}"
+            wanted = f"lists of dicts or datasets under the names {', '.join(SPLIT_NAMES)}"
+            raise DataError(found, wanted=wanted, do="rename the split, or leave it out")
+    tables = {name: Table(f"rows[{name!r}][", rows) for name, rows in given.items() if rows}
+    return _by_split(tables, f"the rows hold the splits {', '.join(given)}, and no row to train on")
 
 
-def _with_train(splits: dict[str, list[Source]], found: str) -> dict[str, list[Source]]:
+def _by_split(tables: Mapping[str, Table], found: str) -> dict[str, list[Source]]:
+    """Tables under our names of splits; others are left out, and train must be there."""
+    splits: dict[str, list[Source]] = {
+        SPLIT_NAMES[name]: [table] for name, table in tables.items() if name in SPLIT_NAMES
+    }
     if "train" not in splits:
         do = "name the training rows train, or set dataset_split"
         raise DataError(found, wanted="a split of the name train", do=do)
     return splits
 
 
-# ---------------------------------------------------------------- the Hub
-
-
-def _splits_of_dataset(name: str, source: str, config: DataConfig) -> dict[str, list[Source]]:
+def _splits_of_dataset(name: str, config: DataConfig) -> dict[str, list[Source]]:
     import datasets
     from datasets.exceptions import DatasetsError
 
     part = config.dataset_split
     try:
-        loaded = datasets.load_dataset(source, config.dataset_config, split=part)
+        path = str(Path(name).expanduser())
+        loaded = datasets.load_dataset(path, config.dataset_config, split=part)
     except (OSError, ValueError, KeyError, DatasetsError) as error:
-        raise DataError(
-            f"the dataset {name} cannot be loaded: {' '.join(str(error).split())}",
-            wanted="a path on this machine, or the id of a Hub dataset with its configuration",
-            do="check the name, dataset_config, dataset_split, and the connection",
-        ) from None
-    tables = {"train": loaded} if part else loaded
-    splits: dict[str, list[Source]] = {
-        SPLIT_NAMES[split]: [Table(f"{name}[{part or split}]:row ", table, "hub")]
-        for split, table in tables.items()
-        if split in SPLIT_NAMES
-    }
-    return _with_train(splits, f"the dataset {name} has the splits {', '.join(tables)}")
+        found = f"the dataset {name} cannot be loaded: {' '.join(str(error).split())}"
+        wanted = "a path on this machine, or the id of a Hub dataset with its configuration"
+        do = "check the name, dataset_config, dataset_split, and the connection"
+        raise DataError(found, wanted=wanted, do=do) from None
+    splits = {"train": loaded} if part else loaded
+    tables = {s: Table(f"{name}[{part or s}]:row ", splits[s], "hub") for s in splits}
+    return _by_split(tables, f"the dataset {name} has the splits {', '.join(tables)}")

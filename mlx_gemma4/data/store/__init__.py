@@ -1,1 +1,1 @@
-"""Examples as arrays, in memory or memory-mapped from the cache."""
+"""The cache of tokens, and the processes that make them."""

@@ -7,30 +7,32 @@ import hashlib
 import importlib.metadata
 import json
 import shutil
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ...errors import DataError
 from ...storage import cache_folder, new_folder
 from ..chat.encode import Task
-from .arrays import FACTS_FILE
+from ..example import Facts, Store
 
-__all__ = ["CODE", "cached", "tokens_key"]
+_DATA = Path(__file__).parent.parent
+_FACTS = "facts.json"
+_COLUMNS = ("lengths", "targets", "numbers", "digests")
 
 CODE = (
     *("example.py", "read/files.py", "read/records.py", "read/sources.py"),
     *("chat/encode.py", "chat/formats.py", "chat/media.py", "chat/render.py", "chat/spans.py"),
-    *("store/arrays.py", "store/workers.py"),
+    *("store/cache.py", "store/workers.py"),
 )
 """The modules that decide what is stored: a change in one of them makes new entries."""
 
-_DATA = Path(__file__).parent.parent
 _LIBRARIES = ("transformers", "tokenizers", "jinja2", "pyarrow", "numpy")
-_SETTINGS = (
-    *("train_on", "thinking", "max_seq_length", "overlong", "truncate_from"),
-    *("on_bad_row", "columns", "media_anywhere"),
-)
+_OF_SOURCES = ("dataset_config", "dataset_split", "valid_fraction")
+"""Settings that decide which rows are read, not what becomes of them."""
 
 
 def tokens_key(task: Task) -> str:
@@ -41,7 +43,7 @@ def tokens_key(task: Task) -> str:
         repr(tokenizer.chat_template),
         repr(sorted(tokenizer.special_tokens_map.items(), key=repr)),
         str(task.vocab_size),
-        repr([(name, getattr(task.config, name)) for name in _SETTINGS]),
+        repr([pair for pair in vars(task.config).items() if pair[0] not in _OF_SOURCES]),
         repr([importlib.metadata.version(name) for name in _LIBRARIES]),
         *((_DATA / name).read_text() for name in CODE),
     ]
@@ -51,9 +53,8 @@ def tokens_key(task: Task) -> str:
 def cached(key: str, build: Callable[[Path], Any]) -> Path:
     """The folder of a key in the cache, built if it is not there or not whole.
 
-    A second process that wants the same key waits and then finds it. A build that ends early,
-    killed or not, leaves nothing that is taken for whole. `build` writes into the folder it is
-    given, with a FACTS_FILE that tells the size of every other file.
+    A second process that wants the same key waits and then finds it; a build that ends early leaves
+    nothing that is taken for whole. `build` writes a _FACTS with the size of every other file.
 
     Raises:
         DataError: the cache cannot be written.
@@ -72,19 +73,42 @@ def cached(key: str, build: Callable[[Path], Any]) -> Path:
                 with new_folder(folder, sync=True) as partial:
                     build(partial)
     except OSError as error:
-        raise DataError(
-            f"cannot write the token cache {root}: {error}",
-            wanted="room for four bytes a token",
-            do="free some space, or set MLX_GEMMA4_CACHE to another folder",
-        ) from None
+        found = f"cannot write the token cache {root}: {error}"
+        do = "free some space, or set MLX_GEMMA4_CACHE to another folder"
+        raise DataError(found, wanted="room for four bytes a token", do=do) from None
     return folder
 
 
 def _is_whole(folder: Path) -> bool:
     """Whether every file has the size that was noted when it was written."""
     try:
-        noted = json.loads((folder / FACTS_FILE).read_text())["sizes"]
+        noted = json.loads((folder / _FACTS).read_text())["sizes"]
         sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    return sizes.pop(FACTS_FILE) > 0 and sizes == noted
+    return sizes.pop(_FACTS) > 0 and sizes == noted
+
+
+def write_store(parts: Iterable[Store], folder: Path) -> None:
+    """Write stores as one; tokens go to the disk as they come."""
+    facts = Facts()
+    columns: dict[str, list[np.ndarray]] = {name: [] for name in _COLUMNS}
+    with (folder / "tokens.bin").open("wb") as file:
+        for part in parts:
+            part.tokens.tofile(file)
+            facts.add(part.facts)
+            for name, arrays in columns.items():
+                arrays.append(getattr(part, name))
+    for name, arrays in columns.items():
+        np.save(folder / f"{name}.npy", np.concatenate(arrays))
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+    (folder / _FACTS).write_text(json.dumps({"facts": vars(facts), "sizes": sizes}))
+
+
+def open_store(folder: Path, place: str) -> Store:
+    """What `write_store` wrote, memory-mapped."""
+    columns = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _COLUMNS}
+    facts = json.loads((folder / _FACTS).read_text())["facts"]
+    facts |= {name: Counter(facts[name]) for name in ("shapes", "notes")}
+    tokens = np.memmap(folder / "tokens.bin", np.uint32, "r")
+    return Store(tokens=tokens, facts=Facts(**facts), place=place, **columns)

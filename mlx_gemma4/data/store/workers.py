@@ -1,7 +1,7 @@
 """Processes that turn rows into examples, one per core.
 
-They are Python processes of our own with pipes, not `multiprocessing`: that would run the
-user's script again in each of them, and cannot start from every notebook.
+They are our own, with pipes: `multiprocessing` would run the user's script again in each of them,
+and cannot start from every notebook.
 """
 
 from __future__ import annotations
@@ -20,35 +20,27 @@ from typing import Any
 
 from ...errors import DataError
 from ..chat.encode import Chunk, Task, encode_chunk
-from ..example import Encoded
-
-__all__ = ["Workers", "cores"]
+from ..example import Store
 
 
 class Workers(contextlib.AbstractContextManager):
     """Processes, by default one per core, that encode chunks; results come in their order."""
 
     def __init__(self, task: Task, count: int | None = None):
-        self._task, self._count = task, count or cores()
-        self._own = threading.local()
+        self._task, self._count = task, count or _cores()
+        self._threads, self._own = ThreadPoolExecutor(self._count), threading.local()
         self._processes: list[subprocess.Popen[bytes]] = []
-        self._threads: ThreadPoolExecutor | None = None
 
     def __exit__(self, *_: object) -> None:
         for process in self._processes:
             process.kill()
-        if self._threads:
-            self._threads.shutdown(cancel_futures=True)
+        self._threads.shutdown(cancel_futures=True)
         for process in self._processes:
-            process.wait()
-            for pipe in (process.stdin, process.stdout):
-                with contextlib.suppress(OSError):
-                    pipe.close()  # type: ignore[union-attr]
+            process.communicate()
 
-    def encode(self, jobs: Iterable[Chunk]) -> Iterator[Encoded]:
+    def encode(self, jobs: Iterable[Chunk]) -> Iterator[Store]:
         """The encoded chunks, in order; a few are under way at any time."""
-        self._threads = self._threads or ThreadPoolExecutor(self._count)
-        pending: deque[Future[Encoded]] = deque()
+        pending: deque[Future[Store]] = deque()
         for chunk in jobs:
             pending.append(self._threads.submit(self._encode, chunk))
             if len(pending) > 2 * self._count:
@@ -56,7 +48,7 @@ class Workers(contextlib.AbstractContextManager):
         while pending:
             yield pending.popleft().result()
 
-    def _encode(self, chunk: Chunk) -> Encoded:
+    def _encode(self, chunk: Chunk) -> Store:
         """Runs in a thread that has a process of its own."""
         process: subprocess.Popen[bytes] | None = getattr(self._own, "process", None)
         try:
@@ -68,11 +60,9 @@ class Workers(contextlib.AbstractContextManager):
             result = pickle.load(process.stdout)
         except (OSError, EOFError, pickle.UnpicklingError) as error:
             code = process.wait(10) if process else None
-            raise DataError(
-                f"a tokenizing process ended (exit code {code}): {error}",
-                wanted="enough memory for one process per core",
-                do="close other programs and run again; what was read so far is not kept",
-            ) from None
+            found = f"a tokenizing process ended (exit code {code}): {error}"
+            do = "close other programs and run again; what was read so far is not kept"
+            raise DataError(found, wanted="memory for a process per core", do=do) from None
         if isinstance(result, Exception):
             raise result
         return result
@@ -91,29 +81,25 @@ class Workers(contextlib.AbstractContextManager):
         return process
 
 
-def cores() -> int:
-    """Cores that this process may use."""
+def _cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def _serve() -> None:
-    """A worker: chunks from standard input, results to standard output, until there are no more."""
+    """A worker: chunks from standard input, results or errors to standard output."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it, and closes the pipe
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints must not end up between answers
     questions = sys.stdin.buffer
     task = pickle.load(questions)
-    while True:
-        try:
-            chunk = pickle.load(questions)
-        except EOFError:
-            return
-        result: Any
-        try:
-            result = encode_chunk(task, chunk)
-        except Exception as error:
-            result = error
-        pickle.dump(result, answers)
-        answers.flush()
+    result: Any
+    with contextlib.suppress(EOFError):
+        while chunk := pickle.load(questions):
+            try:
+                result = encode_chunk(task, chunk)
+            except Exception as error:
+                result = error
+            pickle.dump(result, answers)
+            answers.flush()

@@ -10,7 +10,7 @@ from .mlx_lm import MlxLm
 from .mlx_vlm import MlxVlm, MlxVlmLegacy
 from .peft import Peft
 
-__all__ = ["ADAPTERS", "Adapter", "Format", "format_of"]
+__all__ = ["ADAPTERS", "Adapter", "Format", "base_of", "format_of"]
 
 Format = MlxLm | Peft
 
@@ -24,3 +24,8 @@ def format_of(config: Mapping[str, Any]) -> Format:
     """The format of an adapter_config.json: mlx-lm's, unless another recognises it."""
     others = (format for name, format in ADAPTERS.items() if name != "mlx-lm")
     return next((f for f in others if f.recognises(config)), ADAPTERS["mlx-lm"])
+
+
+def base_of(config: Mapping[str, Any]) -> str | None:
+    """The base model that an adapter_config.json names; mlx-vlm's names none."""
+    return config.get("model") or config.get("base_model_name_or_path")

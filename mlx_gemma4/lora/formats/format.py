@@ -1,11 +1,11 @@
 """What every format of adapters reads and writes.
 
 A format has: name and file, use (how to load one from the Hub: a template of base, repo and
-architecture), recognises(config), read(stored) -> Read, write(adapter) -> Files, readme(adapter),
-and its library, which has: packages to install (the last one names it), unfit() (why the installed
-version cannot judge an adapter; empty if it can), load(base), attach(model, adapter folder),
-logits(model, tokens_T) (T, V) in float32, and holds(model), its tensors by the file's names.
-read and write raise AdapterError where the other side has no place for a setting.
+architecture), recognises(config), read(stored) -> Read, write(adapter) -> Files, and its library,
+which has: packages to install (the last one names it), unfit() (why the installed version cannot
+judge an adapter; empty if it can), load(base), attach(model, adapter folder), logits(model,
+tokens_T) (T, V) in float32, and holds(model), its tensors by the file's names. read and write raise
+AdapterError where the other side has no place for a setting.
 """
 
 from __future__ import annotations
@@ -19,19 +19,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ...config import LoraConfig
-from ...model.names import is_dead, text_prefix
+from ...model.names import Module
 from ...model.plan import Plan
-from ..targets import Module, module_name, modules_in, settings_of
-
-__all__ = [
-    "CONFIG",
-    "Adapter",
-    "Files",
-    "Read",
-    "Stored",
-    "alpha_of",
-    "without_dead",
-]
 
 CONFIG = "adapter_config.json"
 
@@ -41,29 +30,18 @@ Files = tuple[dict[str, Any], dict[str, mx.array]]
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter in memory, and the model that it is on.
+    """The adapter on a model in memory.
 
     Attributes:
         lora: its settings; None for weights that were trained whole.
-        tensors: by our names.
+        backbone: the model with it.
         model: the base's path or Hub id.
     """
 
     lora: LoraConfig | None
-    tensors: Mapping[str, mx.array]
     backbone: nn.Module
     plan: Plan
     model: str
-
-    def ranks(self) -> dict[Module, tuple[int, float]]:
-        """Rank and scale of every adapted module."""
-        assert self.lora is not None
-        modules = modules_in(self.tensors, self.backbone)
-        return {module: settings_of(self.lora, module) for module in modules}
-
-    def name(self, module: Module) -> str:
-        """The module's path, with which its tensors' names begin."""
-        return module_name(self.backbone, module)
 
 
 @dataclass(frozen=True)
@@ -99,14 +77,3 @@ class Read(NamedTuple):
 def alpha_of(scale: float, rank: int, rslora: bool) -> float:
     """The alpha of a scale; twelve digits give back the one that the scale was made from."""
     return float(f"{scale * (rank**0.5 if rslora else rank):.12g}")
-
-
-def without_dead(
-    tensors: Mapping[str, mx.array], backbone: nn.Module, plan: Plan
-) -> dict[str, mx.array]:
-    """Tensors by our names, without those of K/V projections that a sharing layer does not use.
-
-    Libraries that build those dead modules adapt them too, without effect.
-    """
-    prefix = text_prefix(backbone)
-    return {k: v for k, v in tensors.items() if not is_dead(k.removeprefix(prefix), plan)}

@@ -17,11 +17,10 @@ import mlx.nn as nn
 import numpy as np
 
 from ...errors import AdapterError, CapabilityError, ConfigError, listing
+from ...model.names import Module
 from ...model.plan import Plan
 from ...storage import new_file
-from ..update import LowRank, low_rank_updates, require_effect
-
-__all__ = ["USE", "read_gguf", "write_gguf"]
+from ..attach import LowRank, low_rank_updates, require_effect
 
 USE = """\
 ```bash
@@ -31,8 +30,6 @@ llama-cli -m BASE.gguf --lora {file} -p "..."
 
 `BASE.gguf` is {base}, converted with llama.cpp's `convert_hf_to_gguf.py`."""
 """How an adapter on the Hub is loaded."""
-
-_FUSE = "export a fused model and convert that with llama.cpp's convert_hf_to_gguf.py"
 
 
 def write_gguf(backbone: nn.Module, plan: Plan, file: str | Path) -> int:
@@ -47,19 +44,16 @@ def write_gguf(backbone: nn.Module, plan: Plan, file: str | Path) -> int:
         ConfigError: the file cannot be written.
     """
     gguf = _package()
-    updates = low_rank_updates(backbone)
-    if not updates:
-        raise AdapterError(
-            "the model carries no LoRA", wanted="LoRA: a GGUF adapter holds nothing else", do=_FUSE
-        )
+    arch = gguf.MODEL_ARCH.GEMMA4
     require_effect(backbone, "the model")
-    pairs = _pairs(updates, gguf.get_tensor_name_map(_arch(gguf), len(plan.layers)))
+    names = gguf.get_tensor_name_map(arch, len(plan.layers))
+    pairs = _pairs(low_rank_updates(backbone), names)
     file = Path(file).expanduser()
     alpha = Counter(update.scale * update.rank for update in pairs.values()).most_common(1)[0][0]
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with new_file(file) as partial:
-            writer = gguf.GGUFWriter(partial, gguf.MODEL_ARCH_NAMES[_arch(gguf)])
+            writer = gguf.GGUFWriter(partial, gguf.MODEL_ARCH_NAMES[arch])
             writer.add_type(gguf.GGUFType.ADAPTER)
             writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
             writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
@@ -67,8 +61,9 @@ def write_gguf(backbone: nn.Module, plan: Plan, file: str | Path) -> int:
             for name, update in pairs.items():
                 # Equal ranks and scales leave B as it is; others are brought to the one alpha.
                 b = update.b * (update.scale * update.rank / alpha)
-                writer.add_tensor(f"{name}.weight.lora_a", _array(update.a))
-                writer.add_tensor(f"{name}.weight.lora_b", _array(b))
+                for last, value in (("lora_a", update.a), ("lora_b", b)):
+                    values = np.ascontiguousarray(np.array(value.astype(mx.float32)))
+                    writer.add_tensor(f"{name}.weight.{last}", values)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_tensors_to_file()
@@ -80,31 +75,12 @@ def write_gguf(backbone: nn.Module, plan: Plan, file: str | Path) -> int:
     return 2 * len(pairs)
 
 
-def read_gguf(file: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The metadata and the tensors of a GGUF file.
-
-    Raises:
-        AdapterError: not a whole GGUF file.
-        CapabilityError: the gguf package is not installed.
-    """
-    gguf = _package()
-    try:
-        reader = gguf.GGUFReader(Path(file).expanduser())
-        metadata = {name: field.contents() for name, field in reader.fields.items()}
-        tensors = {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
-    except (OSError, ValueError, IndexError, KeyError) as error:
-        raise AdapterError(
-            f"{file} cannot be read: {error}", wanted="a whole GGUF file", do="export it again"
-        ) from None
-    return metadata, tensors
-
-
-def _pairs(updates: Mapping[str, LowRank], names: Any) -> dict[str, LowRank]:
+def _pairs(updates: Mapping[Module, LowRank], names: Any) -> dict[str, LowRank]:
     """The updates under llama.cpp's names, such as `blk.3.attn_q`."""
     pairs: dict[str, LowRank] = {}
     refused = []
-    for inner, update in updates.items():
-        path = inner.removesuffix(".weight")
+    for (index, inner), update in updates.items():
+        path = f"layers.{index}.{inner}"
         name = names.get_name(f"model.{path}")
         if update.magnitude is not None:
             refused.append(f"{path}: DoRA; llama.cpp adds the low-rank part and nothing else")
@@ -114,11 +90,13 @@ def _pairs(updates: Mapping[str, LowRank], names: Any) -> dict[str, LowRank]:
             refused.append(f"{path}: not a weight of llama.cpp's gemma4")
         else:
             pairs[name] = update
-    if refused:
+    if refused or not pairs:
         raise AdapterError(
-            f"{len(refused)} modules cannot go into a GGUF adapter:{listing(refused)}",
+            f"{len(refused)} modules cannot go into a GGUF adapter:{listing(refused)}"
+            if refused
+            else "the model carries no LoRA",
             wanted="LoRA on attention, the dense MLP, the router or the per-layer gates",
-            do=_FUSE,
+            do="export a fused model and convert that with llama.cpp's convert_hf_to_gguf.py",
         )
     return pairs
 
@@ -126,25 +104,12 @@ def _pairs(updates: Mapping[str, LowRank], names: Any) -> dict[str, LowRank]:
 def _package() -> Any:
     try:
         import gguf
-    except ImportError:
+
+        gguf.MODEL_ARCH.GEMMA4  # noqa: B018
+    except (ImportError, AttributeError) as error:
         raise CapabilityError(
-            "the gguf package is not installed",
-            wanted="it, to write GGUF files",
-            do="pip install 'mlx-gemma4[gguf]', or pip install gguf",
+            f"no gguf package that knows Gemma 4: {error}",
+            wanted="gguf 0.19.0 or later",
+            do="pip install -U gguf",
         ) from None
     return gguf
-
-
-def _arch(gguf: Any) -> Any:
-    arch = getattr(gguf.MODEL_ARCH, "GEMMA4", None)
-    if arch is None:
-        raise CapabilityError(
-            "the installed gguf package does not know Gemma 4",
-            wanted="one with MODEL_ARCH.GEMMA4, such as 0.19.0",
-            do="pip install -U gguf",
-        )
-    return arch
-
-
-def _array(value: mx.array) -> np.ndarray:
-    return np.ascontiguousarray(np.array(value.astype(mx.float32)))

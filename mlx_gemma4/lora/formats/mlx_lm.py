@@ -24,11 +24,10 @@ import numpy as np
 
 from ...config import LoraConfig
 from ...errors import AdapterError, ConfigError
-from ...model.names import flat, text_model, text_prefix
-from ..targets import adaptable_modules, keys_of, modules_in, resolve_targets
-from .format import CONFIG, Adapter, Files, Read, Stored, alpha_of, without_dead
-
-__all__ = ["MlxLm", "MlxLmLibrary", "config_of"]
+from ...model.names import flat, is_dead, text_model, text_prefix
+from ..attach import low_rank_updates
+from ..targets import adaptable_modules, keys_of, module_name, resolve_targets
+from .format import CONFIG, Adapter, Files, Read, Stored, alpha_of
 
 
 class MlxLmLibrary:
@@ -80,28 +79,32 @@ model, tokenizer = load("{base}", adapter_path=snapshot_download("{repo}"))
 
     def read(self, stored: Stored) -> Read:
         config, backbone, folder = stored.config, stored.backbone, stored.folder
-        tensors = without_dead(stored.tensors, backbone, stored.plan)
+        prefix = text_prefix(backbone)
+        tensors = {
+            name: value
+            for name, value in stored.tensors.items()
+            if not is_dead(name.removeprefix(prefix), stored.plan)
+        }
         kind = config.get("fine_tune_type", "lora")
         if kind == "full":
             return Read(None, [], tensors)
         if kind not in ("lora", "dora"):
-            raise AdapterError(
-                f"{folder} holds a {kind} adapter",
-                wanted="fine_tune_type lora, dora or full",
-                do="load it with the library that wrote it",
-            )
-        lora = _settings(config, folder, len(text_model(backbone).layers))
-        if keys := config["lora_parameters"].get("keys"):
+            found, wanted = f"{folder} holds a {kind} adapter", "fine_tune_type lora, dora or full"
+            raise AdapterError(found, wanted=wanted, do="load it with the library that wrote it")
+        lora, keys = _settings(config, folder, len(text_model(backbone).layers))
+        if keys:
             # mlx-vlm also takes paths from its language model on: model.layers.0...
-            short = [k.removeprefix(text_prefix(backbone)).removeprefix("model.") for k in keys]
+            short = [key.removeprefix(prefix).removeprefix("model.") for key in keys]
             targets = dataclasses.replace(lora, targets=tuple(short))
             return Read(lora, resolve_targets(backbone, targets), tensors)
+        parts = (".lora_a", ".lora_b", ".m")
+        named = {name.rpartition(".")[0] for name in tensors if name.endswith(parts)}
         known = adaptable_modules(backbone)
-        modules = [module for module in modules_in(tensors, backbone) if module in known]
+        modules = sorted(module for module in known if module_name(backbone, module) in named)
         if not modules:
             raise AdapterError(
                 f"{folder / self.file} holds no lora_a or lora_b of this model's layers",
-                wanted=f"names such as {text_prefix(backbone)}layers.0.self_attn.q_proj.lora_a",
+                wanted=f"names such as {prefix}layers.0.self_attn.q_proj.lora_a",
                 do="name the model that the adapter was trained on",
             )
         return Read(lora, modules, tensors)
@@ -112,52 +115,37 @@ model, tokenizer = load("{base}", adapter_path=snapshot_download("{repo}"))
         A smaller rank is filled up with zeros, and another scale goes into lora_b: the update stays
         the same. Without patterns nothing changes.
         """
-        config = config_of(adapter.lora, adapter.tensors, adapter.backbone, adapter.model)
-        if adapter.lora is None:
-            return config, dict(adapter.tensors)
-        lora, ranks, tensors = adapter.lora, adapter.ranks(), dict(adapter.tensors)
-        rank = max(rank for rank, _ in ranks.values())
-        scales = [scale for _, scale in ranks.values()]
+        lora, backbone = adapter.lora, adapter.backbone
+        config = config_of(lora, backbone, adapter.model)
+        if lora is None:
+            return config, flat(backbone.trainable_parameters())
+        updates = low_rank_updates(backbone)
+        tensors: dict[str, mx.array] = {}
+        rank = max(update.rank for update in updates.values())
+        scales = [update.scale for update in updates.values()]
         scale = lora.scale if lora.scale in scales else scales[0]
-        for module, (own_rank, own_scale) in ranks.items():
-            name = adapter.name(module)
-            a, b = tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"]
-            if own_scale != scale:
-                b = b * (own_scale / scale)
-            if own_rank != rank:
-                # Axes of the rank: (in, R) and (R, out); of experts (E, R, in) and (E, out, R).
-                a = _widened(a, 1, rank)
-                b = _widened(b, 2 if b.ndim == 3 else 0, rank)
-            tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"] = a, b
+        for module, update in updates.items():
+            a, b, fill = update.a, update.b, (0, rank - update.rank)
+            if update.scale != scale:
+                b = b * (update.scale / scale)
+            if update.rank != rank:
+                unchanged = [(0, 0)] * (a.ndim - 2)
+                a, b = mx.pad(a, [*unchanged, fill, (0, 0)]), mx.pad(b, [*unchanged, (0, 0), fill])
+            one = dataclasses.replace(update, a=a, b=b)
+            tensors |= one.tensors(module_name(backbone, module))
         saved = config["lora_parameters"]
         kept = {key: saved[key] for key in ("use_rslora", "dropout", "keys") if key in saved}
-        if set(ranks.values()) != {(lora.rank, lora.scale)}:
+        if (rank, set(scales)) != (lora.rank, {lora.scale}):
             kept.pop("use_rslora", None)
         config["lora_parameters"] = {"rank": rank, "scale": scale, **kept}
         return config, tensors
 
-    def readme(self, adapter: Adapter) -> str | None:
-        return None
 
-
-def _widened(value: mx.array, axis: int, size: int) -> mx.array:
-    pads = [(0, size - value.shape[i] if i == axis else 0) for i in range(value.ndim)]
-    return mx.pad(value, pads)
-
-
-def config_of(
-    lora: LoraConfig | None, tensors: Mapping[str, mx.array], backbone: nn.Module, model: str
-) -> dict[str, Any]:
+def config_of(lora: LoraConfig | None, backbone: nn.Module, model: str) -> dict[str, Any]:
     """adapter_config.json of a run's adapter, patterns and all."""
-    config: dict[str, Any] = {
-        "model": model,
-        "fine_tune_type": "full" if lora is None else "dora" if lora.use_dora else "lora",
-        "num_layers": len(text_model(backbone).layers),
-    }
+    count = len(text_model(backbone).layers)
     if lora is None:
-        return config
-    if lora.num_layers >= 0:
-        config["num_layers"] = lora.num_layers
+        return {"model": model, "fine_tune_type": "full", "num_layers": count}
     parameters: dict[str, Any] = {"rank": lora.rank, "scale": lora.scale}
     if lora.rank_pattern or lora.alpha_pattern:
         parameters = {"rank": lora.rank, "alpha": lora.alpha}
@@ -165,27 +153,30 @@ def config_of(
         parameters["alpha_pattern"] = dict(lora.alpha_pattern or {})
     if lora.use_rslora:
         parameters["use_rslora"] = True
-    keys = keys_of(modules_in(tensors, backbone), backbone, config["num_layers"])
-    config["lora_parameters"] = {**parameters, "dropout": lora.dropout, "keys": keys}
-    return config
+    num_layers = lora.num_layers if lora.num_layers >= 0 else count
+    keys = keys_of(list(low_rank_updates(backbone)), backbone, num_layers)
+    return {
+        "model": model,
+        "fine_tune_type": "dora" if lora.use_dora else "lora",
+        "num_layers": num_layers,
+        "lora_parameters": {**parameters, "dropout": lora.dropout, "keys": keys},
+    }
 
 
-def _settings(config: Mapping[str, Any], folder: Path, num_layers: int) -> LoraConfig:
-    """The settings in an adapter_config.json, without targets.
-
-    Args:
-        folder: for messages.
-        num_layers: how many the model has; as many in the config are all.
-    """
+def _settings(
+    config: Mapping[str, Any], folder: Path, num_layers: int
+) -> tuple[LoraConfig, list[str]]:
+    """The settings of an adapter_config.json for a model of so many layers, and its keys."""
     try:
         saved = config["lora_parameters"]
         rank, rslora = int(saved["rank"]), bool(saved.get("use_rslora", False))
         ranks, alphas = saved.get("rank_pattern") or None, saved.get("alpha_pattern") or None
-        alpha = saved.get("alpha") if ranks or alphas else None
+        is_ours = (ranks or alphas) and "alpha" in saved
         layers = int(config.get("num_layers", -1))
-        return LoraConfig(
+        keys = [str(key) for key in saved.get("keys") or ()]
+        lora = LoraConfig(
             rank=rank,
-            alpha=alpha_of(float(saved["scale"]), rank, rslora) if alpha is None else float(alpha),
+            alpha=float(saved["alpha"] if is_ours else alpha_of(saved["scale"], rank, rslora)),
             dropout=float(saved.get("dropout", 0.0)),
             num_layers=layers if 0 < layers < num_layers else -1,
             use_rslora=rslora,
@@ -193,9 +184,10 @@ def _settings(config: Mapping[str, Any], folder: Path, num_layers: int) -> LoraC
             rank_pattern=ranks,
             alpha_pattern=alphas,
         )
+        return lora, keys
     except (KeyError, TypeError, ValueError, ConfigError) as error:
         raise AdapterError(
             f"{folder / CONFIG} lacks {error}",
-            wanted="num_layers and lora_parameters with rank, scale and keys, as mlx-lm saves them",
+            wanted="lora_parameters with rank, scale and keys, as mlx-lm saves them",
             do="export the adapter in mlx-lm's layout",
         ) from None

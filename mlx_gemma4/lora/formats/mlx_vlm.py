@@ -18,18 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
 from ...errors import AdapterError
 from ...model.capability import inspect_backbone
 from ...model.kv_store import apply_kv_store
-from ...model.names import text_prefix
-from ..targets import EXPERTS
+from ...model.names import EXPERTS, text_prefix
+from ..attach import low_rank_updates
+from ..targets import module_name
 from .format import CONFIG, Adapter, Files, Read, Stored
 from .mlx_lm import MlxLm, MlxLmLibrary
-
-__all__ = ["MlxVlm", "MlxVlmLegacy", "MlxVlmLibrary"]
 
 
 class MlxVlmLibrary(MlxLmLibrary):
@@ -94,23 +92,25 @@ model, processor = load("{base}", adapter_path=snapshot_download("{repo}"))
         mlx-vlm knows experts only where it adapts every linear module by itself, so for them the
         keys are left out; what the file does not hold then stays zero.
         """
-        _require_encoders(adapter.backbone)
+        if text_prefix(adapter.backbone) == "model.":
+            found = "the model is text only, and mlx-vlm has no gemma4_text"
+            raise AdapterError(found, wanted="a model with encoders", do="export for mlx-lm")
         config, tensors = super().write(adapter)
         config["num_layers"] = -1
-        ranks = adapter.ranks()
-        if any(path in EXPERTS for _, path in ranks):
+        modules = list(low_rank_updates(adapter.backbone))
+        if any(path in EXPERTS for _, path in modules):
             del config["lora_parameters"]["keys"]
         else:
-            config["lora_parameters"]["keys"] = [adapter.name(module) for module in ranks]
+            names = [module_name(adapter.backbone, module) for module in modules]
+            config["lora_parameters"]["keys"] = names
         return config, tensors
 
 
-class MlxVlmLegacy(MlxLm):
+class MlxVlmLegacy(MlxVlm):
     """Adapters of mlx-vlm up to 0.4, which has no DoRA and no experts."""
 
     name = "mlx-vlm-legacy"
     library = MlxVlmLibrary(legacy=True)
-    use = MlxVlm.use
 
     def recognises(self, config: Mapping[str, Any]) -> bool:
         return "rank" in config and "lora_parameters" not in config
@@ -118,20 +118,14 @@ class MlxVlmLegacy(MlxLm):
     def read(self, stored: Stored) -> Read:
         config = stored.config
         if missing := [key for key in ("rank", "alpha") if config.get(key) is None]:
-            raise AdapterError(
-                f"{stored.folder / CONFIG} lacks {missing[0]}",
-                wanted="rank and alpha, as mlx-vlm 0.4 saves them",
-                do="take the adapter's own adapter_config.json",
-            )
-        scaled = {"rank": config["rank"], "scale": config["alpha"]}
-        scaled["dropout"] = config.get("dropout", 0.0)
+            found, wanted = f"{stored.folder / CONFIG} lacks {missing[0]}", "rank and alpha"
+            raise AdapterError(found, wanted=wanted, do="take the adapter's own config")
+        as_mlx_lm = {"lora_parameters": {**config, "scale": config["alpha"]}}
         ours = _renamed(stored.tensors, {"A": "lora_a", "B": "lora_b"})
-        as_mlx_lm = {"lora_parameters": scaled}
         return super().read(dataclasses.replace(stored, config=as_mlx_lm, tensors=ours))
 
     def write(self, adapter: Adapter) -> Files:
-        _require_encoders(adapter.backbone)
-        experts = [path for _, path in adapter.ranks() if path in EXPERTS]
+        experts = [path for _, path in low_rank_updates(adapter.backbone) if path in EXPERTS]
         dora = adapter.lora is not None and adapter.lora.use_dora
         if dora or experts:
             raise AdapterError(
@@ -152,12 +146,3 @@ def _renamed(tensors: Mapping[str, mx.array], ends: Mapping[str, str]) -> dict[s
         f"{path}.{ends[last]}" if last in ends else name: tensors[name]
         for name, (path, _, last) in names.items()
     }
-
-
-def _require_encoders(backbone: nn.Module) -> None:
-    if text_prefix(backbone) == "model.":
-        raise AdapterError(
-            "the model is text only, and mlx-vlm has no gemma4_text",
-            wanted="a model with image or audio encoders, such as google/gemma-4-E2B-it",
-            do="export for mlx-lm",
-        )

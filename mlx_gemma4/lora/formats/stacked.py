@@ -5,68 +5,67 @@ A layer of transformers has two parameters, gate_up_proj (E, 2I, D), gate first,
 both halves. Ours of ranks r and s become one of rank r + s whose B is block diagonal, and a B with
 such blocks comes back as the two that it was; any other B is shared out with A in both.
 
-Letters: E experts, R rank, D model, I expert width, O what a weight gives.
+Letters: E experts, D model, I expert width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import mlx.core as mx
-import mlx.nn as nn
 
-from ..targets import EXPERTS, adaptable_modules
+from ...model.names import EXPERTS, Module
+from ..attach import LowRank
 
-__all__ = ["stack", "stacked_shapes", "unstack"]
-
+GATE_UP, DOWN = "experts.gate_up_proj", "experts.down_proj"
 _GATE, _UP, _DOWN = EXPERTS
 
-Factors = tuple[mx.array, mx.array, float]
-"""lora_a (E, R, in), lora_b (E, out, R), and the scale of their product."""
 
-
-def stacked_shapes(backbone: nn.Module, index: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of a layer's expert parameters as transformers stacks them."""
-    shapes = adaptable_modules(backbone)
-    count, width, wide = shapes[index, _GATE]
-    return {"gate_up_proj": (count, 2 * width, wide), "down_proj": shapes[index, _DOWN]}
-
-
-def stack(
-    factors: Mapping[str, Factors], shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, Factors]:
-    """Our experts' adapters as those of transformers' stacked parameters."""
-    made: dict[str, Factors] = {}
-    if _GATE in factors or _UP in factors:
-        width = shapes["gate_up_proj"][1] // 2
-        scale = next(factors[path][2] for path in (_GATE, _UP) if path in factors)
-        a_ERI, b_EOR = [], []
-        for path, above in ((_GATE, 0), (_UP, width)):
-            if path in factors:
-                a, b, own = factors[path]
-                b = b if own == scale else b * (own / scale)
-                a_ERI.append(a)
-                b_EOR.append(mx.pad(b, [(0, 0), (above, width - above), (0, 0)]))
-        made["gate_up_proj"] = (mx.concatenate(a_ERI, 1), mx.concatenate(b_EOR, 2), scale)
-    if _DOWN in factors:
-        made["down_proj"] = factors[_DOWN]
+def stack_shapes(shapes: Mapping[Module, tuple[int, ...]]) -> dict[Module, tuple[int, ...]]:
+    """Shapes of weights by module, with each layer's experts as transformers stacks them."""
+    made = {module: shape for module, shape in shapes.items() if module[1] not in EXPERTS}
+    for index in [index for index, path in shapes if path == _GATE]:
+        experts, out, width = shapes[index, _GATE]
+        made[index, GATE_UP] = (experts, 2 * out, width)
+        made[index, DOWN] = shapes[index, _DOWN]
     return made
 
 
-def unstack(path: str, a_ERI: mx.array, b_EOR: mx.array) -> dict[str, tuple[mx.array, mx.array]]:
-    """Ours of a stacked parameter: where gate and up share no rank, each keeps its own."""
-    if path == "experts.down_proj":
-        return {_DOWN: (a_ERI, b_EOR)}
-    width, rank = b_EOR.shape[1] // 2, b_EOR.shape[2]
-    gate, up = b_EOR[:, :width], b_EOR[:, width:]
+def stack(updates: Mapping[Module, LowRank]) -> dict[Module, LowRank]:
+    """Our updates with those of experts as updates of transformers' stacked parameters."""
+    made = {module: update for module, update in updates.items() if module[1] not in EXPERTS}
+    for index in sorted({index for index, path in updates if path in EXPERTS}):
+        halves = [(i, updates.get((index, path))) for i, path in enumerate((_GATE, _UP))]
+        found = [(half, update) for half, update in halves if update is not None]
+        if found:
+            scale, a, b = found[0][1].scale, [], []
+            for half, update in found:
+                same = update.scale == scale
+                own = update.b if same else update.b * (update.scale / scale)
+                width = own.shape[1]
+                a.append(update.a)
+                b.append(mx.pad(own, [(0, 0), (half * width, (1 - half) * width), (0, 0)]))
+            made[index, GATE_UP] = LowRank(mx.concatenate(a, 1), mx.concatenate(b, 2), scale)
+        if (index, _DOWN) in updates:
+            made[index, DOWN] = updates[index, _DOWN]
+    return made
+
+
+def unstack(path: str, update: LowRank) -> dict[str, LowRank]:
+    """Ours of one of theirs, by path: where gate and up share no rank, each keeps its own."""
+    if path != GATE_UP:
+        return {_DOWN if path == DOWN else path: update}
+    a, (gate, up) = update.a, mx.split(update.b, 2, axis=1)
+    rank, found = update.rank, {_GATE: (a, gate), _UP: (a, up)}
     if not up.any() and gate.any():
-        return {_GATE: (a_ERI, gate)}
-    if not gate.any() and up.any():
-        return {_UP: (a_ERI, up)}
-    for split in sorted(range(1, rank), key=lambda split: abs(2 * split - rank)):
-        if not gate[:, :, split:].any() and not up[:, :, :split].any():
-            return {
-                _GATE: (a_ERI[:, :split], gate[:, :, :split]),
-                _UP: (a_ERI[:, split:], up[:, :, split:]),
-            }
-    return {_GATE: (a_ERI, gate), _UP: (a_ERI, up)}
+        del found[_UP]
+    elif not gate.any() and up.any():
+        del found[_GATE]
+    else:
+        for split in sorted(range(1, rank), key=lambda split: abs(2 * split - rank)):
+            if not gate[:, :, split:].any() and not up[:, :, :split].any():
+                found[_GATE] = a[:, :split], gate[:, :, :split]
+                found[_UP] = a[:, split:], up[:, :, split:]
+                break
+    return {path: replace(update, a=a, b=b) for path, (a, b) in found.items()}

@@ -14,10 +14,14 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ...errors import ExportError
-from ...model.plan import read_config
+from ...model.plan import Plan, read_config
 
-__all__ = ["PeftLibrary", "TransformersLibrary"]
+
+def architecture(plan: Plan, causal: bool = False) -> str:
+    """The class of transformers for a checkpoint, or for its language model alone."""
+    stem = "Gemma4Unified" if plan.is_unified else "Gemma4"
+    is_text = causal or not plan.is_multimodal
+    return stem + ("ForCausalLM" if is_text else "ForConditionalGeneration")
 
 
 class TransformersLibrary:
@@ -31,13 +35,10 @@ class TransformersLibrary:
     def load(self, base: Path) -> Any:
         import transformers
 
-        config = read_config(base)
-        kind = config["model_type"].removesuffix("_text")
-        text = self._causal or config["model_type"].endswith("_text")
-        stem = "Gemma4Unified" if kind == "gemma4_unified" else "Gemma4"
-        cls = getattr(transformers, stem + ("ForCausalLM" if text else "ForConditionalGeneration"))
+        plan = Plan.from_config(read_config(base))
+        cls = getattr(transformers, architecture(plan, self._causal))
         options: dict[str, Any] = {"dtype": "auto", "attn_implementation": "eager"}
-        if text and kind == config["model_type"]:
+        if self._causal and plan.is_multimodal:
             options["config"] = transformers.AutoConfig.from_pretrained(base).text_config
             options["key_mapping"] = {r"^model\.language_model\.": "model."}
         with _quiet(transformers.utils.logging):
@@ -66,17 +67,10 @@ class PeftLibrary(TransformersLibrary):
     def attach(self, model: Any, adapter: Path) -> Any:
         import peft
 
-        with warnings.catch_warnings(record=True) as told:
-            warnings.simplefilter("always")
-            model = peft.PeftModel.from_pretrained(model, str(adapter))
-        lost = [str(w.message) for w in told if "missing adapter keys" in str(w.message)]
-        if lost:
-            raise ExportError(
-                f"PEFT does not find all of {adapter}: {lost[0]}",
-                wanted="a tensor for every module that the config names",
-                do="report this; the export was not kept",
-            )
-        return model.eval()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.filterwarnings("error", "(?s).*missing adapter keys")
+            return peft.PeftModel.from_pretrained(model, str(adapter)).eval()
 
     def holds(self, model: Any) -> dict[str, mx.array]:
         import peft

@@ -1,1 +1,0 @@
-"""A look at the data: counts, and examples to look at."""

@@ -1,0 +1,62 @@
+"""Which modules of the layers a LoraConfig adapts, and with which rank and scale."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from ..config import LoraConfig
+from ..errors import AdapterError
+from .names import Module, is_meant
+
+
+def chosen_modules(config: LoraConfig, known: Collection[Module], num_layers: int) -> list[Module]:
+    """The modules that a config adapts, of those that LoRA can adapt in a model.
+
+    A target is a short name (`q_proj` ... `down_proj`: attention and dense MLP), `experts` (the
+    three expert projections of a MoE layer), any path within a layer, or one module by its whole
+    path, `layers.3.self_attn.q_proj`. Layers that share keys and values have no k_proj and
+    v_proj; there the target is met by the other layers.
+
+    Args:
+        num_layers: how many the model has.
+
+    Raises:
+        AdapterError: a target that no layer has, or more layers than there are.
+    """
+    if config.num_layers > num_layers:
+        wanted = f"at most the model's {num_layers} layers, or -1 for all"
+        raise AdapterError(
+            f"num_layers is {config.num_layers}", wanted=wanted, do="change num_layers"
+        )
+    first = num_layers - config.num_layers if config.num_layers >= 0 else 0
+    for target in config.targets:
+        if not any(is_meant(module, target) for module in known):
+            raise AdapterError(
+                f"LoRA target {target!r} matches no module of the layers",
+                wanted="one of " + ", ".join(sorted({path for _, path in known})),
+                do="change lora_targets",
+            )
+    modules = [
+        module
+        for module in known
+        if module[0] >= first and any(is_meant(module, target) for target in config.targets)
+    ]
+    if not modules:
+        raise AdapterError(
+            f"no layer from {first} on has {', '.join(config.targets)}",
+            wanted="a module to adapt",
+            do="raise num_layers, or change lora_targets",
+        )
+    return modules
+
+
+def settings_of(config: LoraConfig, module: Module) -> tuple[int, float]:
+    """Rank and scale of one module: of the first pattern that means it, else the config's own."""
+
+    def own(pattern: Mapping[str, Any] | None, default: Any) -> Any:
+        found = (value for word, value in (pattern or {}).items() if is_meant(module, word))
+        return next(found, default)
+
+    rank = own(config.rank_pattern, config.rank)
+    return rank, config.scale_of(rank, own(config.alpha_pattern, config.alpha))
