@@ -31,12 +31,15 @@ SHAPES: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 32,
     },
     "dense": {**TEXT, **_LARGE},
-    "unified": {k: v for k, v in {**TEXT, **_LARGE}.items() if k != "hidden_size_per_layer_input"},
+    "unified": {**TEXT, **_LARGE},
 }  # fmt: skip
 """Text configs by family member: E2B, E4B, 26B-A4B (moe), 31B (dense), 12B (unified)."""
 
 
 def build_shape(folder: Path, texts: Iterable[str], shape: str, **options: Any) -> Path:
-    """A checkpoint of a shape of SHAPES."""
-    model_type = "gemma4_unified" if shape == "unified" else "gemma4"
-    return build_tiny(folder, texts, text=SHAPES[shape], model_type=model_type, **options)
+    """A checkpoint of a shape of SHAPES; the unified one has no key for per-layer inputs."""
+    text, model_type = dict(SHAPES[shape]), "gemma4"
+    if shape == "unified":
+        del text["hidden_size_per_layer_input"]
+        model_type = "gemma4_unified"
+    return build_tiny(folder, texts, text=text, model_type=model_type, **options)
