@@ -44,13 +44,14 @@ makes its velocity without momentum too; Adafactor keeps a row and a column of a
 _ADAPTER_BYTES = 4
 """Adapters are float32 whatever the weights are, and so is what they read."""
 
-_CHUNKS_AHEAD, _CHUNKS_AHEAD_COMPILED_ON_CPU = 2, 4
+_CHUNKS_AHEAD, _TRAINED_CHUNKS_AHEAD, _CHUNKS_AHEAD_COMPILED_ON_CPU = 3, 2, 4
 """Chunks of the head whose arrays are alive together. MLX allocates for commands that wait for the
-device, about a hundred on CPU: two chunks of single operations, or four compiled ones."""
+device, about a hundred on CPU: two or three chunks of single operations, or four compiled ones."""
 
-_HEAD_ARRAYS, _HIDDEN_ARRAYS = 3, 6
-"""Of a chunk's logits: logits, their exponentials, their gradient. And of every target's hidden
-state around the head: the final norm's steps, the stored gradient in pieces and whole."""
+_HEAD_ARRAYS, _TRAINED_HEAD_ARRAYS, _HIDDEN_ARRAYS = 2, 3, 6
+"""Of a chunk's logits: their exponentials and the gradient; where the head trains the logits too.
+And of every target's hidden state around the head: the final norm's steps, the stored gradient in
+pieces and whole."""
 
 _MOVING_MLP, _MOVING_HIDDEN, _MOVING_QUERIES, _MOVING_SCORES = 5, 4, 3, 2
 """Gradients and sums that are alive in one layer's backward pass beside what it kept: of the MLP's
@@ -281,9 +282,11 @@ def _head(plan: Plan, s: StepSettings, last_layer: int) -> int:
     rows = min(_chunk_size(plan), targets)
     chunks, trained = math.ceil(targets / rows), s.lora is None
     compiled_on_cpu = s.compiled and s.device == "cpu"
-    ahead = _CHUNKS_AHEAD_COMPILED_ON_CPU if compiled_on_cpu else _CHUNKS_AHEAD
+    ahead = _TRAINED_CHUNKS_AHEAD if trained else _CHUNKS_AHEAD
+    ahead = _CHUNKS_AHEAD_COMPILED_ON_CPU if compiled_on_cpu else ahead
     alive = min(2 * targets, rows * max(ahead, 4)) if trained else min(targets, rows * ahead)
-    total = _HEAD_ARRAYS * alive * plan.vocab_size * 4
+    arrays = _TRAINED_HEAD_ARRAYS if trained else _HEAD_ARRAYS
+    total = arrays * alive * plan.vocab_size * 4
     if trained:
         total += min(chunks + 1, ahead) * plan.vocab_size * plan.hidden_size * s.itemsize
     waiting = max(0.0, 1 - (1 + trained) * chunks / ahead) * last_layer

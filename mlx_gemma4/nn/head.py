@@ -77,9 +77,7 @@ def token_log_probs(
 
 def logits(gemma: Model, hidden: mx.array) -> mx.array:
     """Logits (..., V) in float32 of final hidden states (..., D), softcapped."""
-    raw = _project(_head_module(gemma), hidden).astype(mx.float32)
-    cap = gemma.plan.softcap
-    return raw if cap is None else mx.tanh(raw / cap) * cap
+    return _capped(_project(_head_module(gemma), hidden), gemma.plan.softcap)
 
 
 def _head_module(gemma: Model) -> Any:
@@ -102,17 +100,14 @@ def _with_frozen_head(
             if grads:
                 chunk = mx.depends(chunk, [grads[-1], log_probs])
             targets_C1 = targets_R[start : start + size, None]
-            top, capped, exps = _capped_exps(_project(module, chunk), softcap)
-            sums = exps.sum(axis=-1, keepdims=True)
-            picked = mx.take_along_axis(capped, targets_C1, axis=-1)
-            found = (picked - top - mx.log(sums)).squeeze(-1)
-            log_probs = mx.concatenate([log_probs, found])
+            logits_CV = _project(module, chunk)
+            picked, normaliser, flow = _softmax_and_flow(logits_CV, targets_C1, softcap)
+            log_probs = mx.concatenate([log_probs, (picked - normaliser).squeeze(-1)])
             # d log p / d logits = (onehot(target) - p) * slope of the cap; the one-hot part is a
             # row of the head for each target, so it is never written out.
-            flow = _flow(capped, exps, 1 / sums, softcap).astype(hidden_RD.dtype)
-            own = _flow(picked, mx.ones_like(picked), mx.ones_like(picked), softcap)
+            expected = _project_back(module, flow.astype(hidden_RD.dtype))
             rows = _head_rows(module, targets_C1.squeeze(-1))
-            grads.append(_project_back(module, flow) - own.astype(hidden_RD.dtype) * rows)
+            grads.append(expected - _slope(picked, softcap).astype(hidden_RD.dtype) * rows)
         return log_probs, mx.concatenate(grads, axis=0)
 
     @log_probs_and_grads.vjp
@@ -128,40 +123,45 @@ def _chunk_size(plan: Plan) -> int:
     return max(_LEAST_TARGETS, _CHUNK_BYTES // (4 * plan.vocab_size) // 64 * 64)
 
 
-def _capped_exps(
-    logits_CV: mx.array, softcap: float | None
-) -> tuple[mx.array | float, mx.array, mx.array]:
-    """(shift, softcapped logits, exp(softcapped - shift)), float32.
+def _softmax_and_flow(
+    logits_CV: mx.array, targets_C1: mx.array, softcap: float | None
+) -> tuple[mx.array, mx.array, mx.array]:
+    """(the target's softcapped logit, log of the sum of exps, p * slope of the cap), float32.
 
-    A small cap bounds the exponent by itself, and saves the pass that finds the largest logit.
+    A small cap bounds the exponent by itself: no largest logit is looked for, and the exponentials,
+    of which the softcapped logits are the logarithms, are all that is kept of a chunk.
     """
     if softcap is not None and softcap <= _SAFE_EXPONENT:
-        return 0.0, *_cap_and_exp(logits_CV, mx.array(softcap))
-    capped = logits_CV.astype(mx.float32)
-    if softcap is not None:
-        capped = mx.tanh(capped / softcap) * softcap
+        exps = _bounded_exps(logits_CV, mx.array(softcap))
+        sums = exps.sum(axis=-1, keepdims=True)
+        picked = mx.log(mx.take_along_axis(exps, targets_C1, axis=-1))
+        return picked, mx.log(sums), _bounded_flow(exps, 1 / sums, mx.array(1 / softcap))
+    capped = _capped(logits_CV, softcap)
+    picked = mx.take_along_axis(capped, targets_C1, axis=-1)
     top = capped.max(axis=-1, keepdims=True)
-    return top, capped, mx.exp(capped - top)
+    exps = mx.exp(capped - top)
+    sums = exps.sum(axis=-1, keepdims=True)
+    return picked, top + mx.log(sums), exps * (1 / sums) * _slope(capped, softcap)
 
 
 @partial(mx.compile, shapeless=True)
-def _cap_and_exp(logits_CV: mx.array, softcap: mx.array) -> tuple[mx.array, mx.array]:
-    capped = mx.tanh(logits_CV.astype(mx.float32) / softcap) * softcap
-    return capped, mx.exp(capped)
-
-
-def _flow(capped: mx.array, p: mx.array, factor: mx.array, softcap: float | None) -> mx.array:
-    """p * factor * d capped / d logits."""
-    if softcap is None:
-        return p * factor
-    return _capped_flow(capped, p, factor, mx.array(1 / softcap))
+def _bounded_exps(logits_CV: mx.array, softcap: mx.array) -> mx.array:
+    return mx.exp(mx.tanh(logits_CV.astype(mx.float32) / softcap) * softcap)
 
 
 @partial(mx.compile, shapeless=True)
-def _capped_flow(
-    capped: mx.array, p: mx.array, factor: mx.array, inverse_cap: mx.array
-) -> mx.array:
-    return p * (1 - mx.square(capped * inverse_cap)) * factor
+def _bounded_flow(exps: mx.array, factor: mx.array, inverse_cap: mx.array) -> mx.array:
+    return exps * (1 - mx.square(mx.log(exps) * inverse_cap)) * factor
+
+
+def _capped(logits: mx.array, softcap: float | None) -> mx.array:
+    logits = logits.astype(mx.float32)
+    return logits if softcap is None else mx.tanh(logits / softcap) * softcap
+
+
+def _slope(capped: mx.array, softcap: float | None) -> mx.array:
+    """d capped / d logits."""
+    return mx.ones_like(capped) if softcap is None else 1 - mx.square(capped / softcap)
 
 
 def _is_plain(module: nn.Module) -> bool:
