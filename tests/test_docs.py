@@ -77,3 +77,10 @@ def test_links_between_pages_lead_somewhere():
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text("utf-8")):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_every_flag_for_those_who_change_over_exists():
+    rows = re.findall(r"^\|.*\|(.*)\|$", (ROOT / "docs/coming-from.md").read_text(), re.MULTILINE)
+    shown = {flag for row in rows for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", row)}
+    assert len(shown) > 30
+    assert not shown - flags("mlx_gemma4.train") - flags("mlx_gemma4.export")
