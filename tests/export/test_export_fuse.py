@@ -23,7 +23,7 @@ from mlx_gemma4.export.fuse import fuse_adapter, write_fused
 from mlx_gemma4.lora.attach import updates_of
 from mlx_gemma4.lora.state import save_adapter
 from mlx_gemma4.model.checkpoint import read_index, read_metadata
-from mlx_gemma4.model.names import DEAD_KV, split_experts, text_model
+from mlx_gemma4.model.names import DEAD_KV, flat, split_experts, text_model
 from mlx_gemma4.model.plan import Plan, read_config
 from mlx_gemma4.model.tiny import TEXT, build_tiny
 from mlx_gemma4.storage import new_folder
@@ -216,6 +216,16 @@ def test_survival_is_measured_and_a_small_change_is_not_erased_silently(tiny, tm
     assert worst.cosine == pytest.approx(cosine, rel=1e-3) and cosine < 0.5
     assert worst.norm == pytest.approx(np.linalg.norm(kept) / np.linalg.norm(change), rel=1e-3)
     assert f"{worst.name}: cosine {worst.cosine:.4f}" in str(worst)
+
+
+def test_dora_is_fused_with_its_lengths(tiny, tmp_path):
+    gemma = adapted(tiny, use_dora=True)
+    lengths = {n: v for n, v in flat(gemma.backbone.parameters()).items() if n.endswith(".m")}
+    gemma.backbone.load_weights([(n, 1.1 * v) for n, v in lengths.items()], strict=False)
+    write_fused(gemma, tmp_path / "fused")
+    tokens = some_tokens(gemma.plan.vocab_size)
+    assert lengths
+    assert relative_gap(g4.load(tmp_path / "fused").logits(tokens), gemma.logits(tokens)) < 1e-4
 
 
 # ---------------------------------------------------------------- memory
