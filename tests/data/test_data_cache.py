@@ -135,11 +135,12 @@ def test_another_content_of_the_same_size_and_time_is_another_entry(path, side, 
 def test_another_template_or_tokenizer_is_another_entry(path, side, builds):
     side = TextSide(dataclasses.replace(side.plan, vocab_size=2000), side.tokenizer)
     read(path, side)
-    template, words = copy.deepcopy(side.tokenizer), copy.deepcopy(side.tokenizer)
+    template, words, ends = (copy.deepcopy(side.tokenizer) for _ in range(3))
     template.chat_template = "{# another #}" + template.chat_template
     words.add_tokens(["Value"])
-    after = [read(path, TextSide(side.plan, tokenizer)) for tokenizer in (template, words)]
-    assert builds == ["built"] * 3
+    ends.eos_token = "<turn|>"
+    after = [read(path, TextSide(side.plan, other)) for other in (template, words, ends)]
+    assert builds == ["built"] * 4
     assert not same(after[0].train, after[1].train)
 
 
