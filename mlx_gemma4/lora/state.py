@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,7 @@ def adapter_of(backbone: nn.Module, lora: LoraConfig | None, model: str) -> File
 
 
 def load_adapter(backbone: nn.Module, plan: Plan, folder: str | Path) -> LoraConfig | None:
-    """Put a saved adapter on a freshly loaded backbone, every tensor or an error.
+    """Put a saved adapter on a freshly loaded backbone, every tensor or an error, and let it train.
 
     mlx-lm's, mlx-vlm's and PEFT's formats are known by their config. Only LoRA on K/V projections
     of layers that share keys and values is passed over: libraries that build those dead modules
@@ -100,6 +100,8 @@ def load_adapter(backbone: nn.Module, plan: Plan, folder: str | Path) -> LoraCon
             do="name the model that the adapter was trained on",
         )
     backbone.load_weights(list(read.tensors.items()), strict=False)
+    if lora is None:
+        _unfreeze(backbone, read.tensors)
     require_effect(backbone, str(folder))
     mx.eval(read.tensors)
     return lora
@@ -183,6 +185,12 @@ def _wanted_of_full(
         or (name.startswith(layers) and not is_frozen_buffer(name))
         or (around and name.startswith(prefix) and not name.startswith(aside))
     }
+
+
+def _unfreeze(backbone: nn.Module, names: Collection[str]) -> None:
+    for path, module in backbone.named_modules():
+        if keys := [key for key in module if f"{path}.{key}" in names]:
+            module.unfreeze(recurse=False, keys=keys)
 
 
 def _targets_of(read: Read, backbone: nn.Module) -> tuple[tuple[str, ...], int]:
