@@ -121,6 +121,7 @@ def _show(pieces: Iterator[str]) -> str:
 def _chat(gemma: Gemma4, options: dict[str, Any]) -> None:
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  which gives input() arrow keys
+    print("a line is a turn; /new begins anew, /quit leaves", file=sys.stderr, flush=True)
     history: list[dict[str, str]] = []
     while True:
         try:
