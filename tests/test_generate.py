@@ -64,11 +64,12 @@ def test_a_run_its_adapter_and_a_checkpoint_answer_alike_without_model(run, tiny
     assert g4.load(tiny, adapter=run.output).generate("A list?", max_tokens=8) + "\n" == wanted
 
 
-def test_an_adapter_that_names_no_base(tiny, tmp_path, capsys):
+@pytest.mark.parametrize("base", ["", 3, ["a/b"]])
+def test_an_adapter_that_names_no_base(tiny, tmp_path, capsys, base):
     gemma = g4.load(tiny)
     gemma.add_lora(g4.LoraConfig(rank=2))
     make_lora_nonzero(gemma)
-    save_adapter(gemma.backbone, tmp_path / "adapter", gemma.lora, "")
+    save_adapter(gemma.backbone, tmp_path / "adapter", gemma.lora, base)
     assert "names no base model" in told(capsys, "--adapter", tmp_path, "--prompt", "Hi")
 
 

@@ -133,7 +133,8 @@ def base_model_of(adapter: Path) -> str:
     Raises:
         AdapterError: it names none, or cannot be read.
     """
-    if base := base_of(read_files(adapter)[0]):
+    base = base_of(read_files(adapter)[0])
+    if isinstance(base, str) and base:
         return base
     found, do = f"{adapter} names no base model", "give it with --model"
     raise AdapterError(found, wanted="one", do=do)

@@ -18,6 +18,7 @@ Prompt = str | Sequence[Mapping[str, Any]]
 
 _OPEN, _CLOSE = "<|channel>", "<channel|>"
 _CHANNEL = re.compile(r"(<\|channel>|<channel\|>)")
+_TEXT_PARTS = ("text", "input_text", "output_text")
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -65,10 +66,10 @@ def split_thought(answer: str) -> tuple[str, str]:
     >>> split_thought("<|channel>thought\\nA list? Easy.\\n<channel|>It holds values.")
     ('A list? Easy.', 'It holds values.')
     """
-    parts = list(mark_thoughts([answer]))
-    thought, said = ("".join(text for is_thought, text in parts if is_thought is kind)
-                     for kind in (True, False))  # fmt: skip
-    return thought.strip(), said.strip()
+    texts: dict[bool, str] = {True: "", False: ""}
+    for is_thought, text in mark_thoughts([answer]):
+        texts[is_thought] += text
+    return texts[True].strip(), texts[False].strip()
 
 
 def mark_thoughts(pieces: Iterable[str]) -> Iterator[tuple[bool, str]]:
@@ -98,6 +99,7 @@ def _message(given: Any, number: int) -> dict[str, Any]:
     if "reasoning" in message:
         message.setdefault("reasoning_content", message["reasoning"])
     if calls := message.get("tool_calls"):
+        calls = calls if isinstance(calls, Sequence) else [calls]
         message["tool_calls"] = [_call(call, number) for call in calls]
     return message
 
@@ -106,7 +108,7 @@ def _text(content: Any, number: int) -> str:
     """Text, or the text of parts of which none is an image or audio."""
     parts = [{"text": content}] if isinstance(content, str) else content
     if isinstance(parts, Sequence) and all(isinstance(part, Mapping) for part in parts):
-        texts = [part.get("text") for part in parts if part.get("type", "text").endswith("text")]
+        texts = [part.get("text") for part in parts if part.get("type", "text") in _TEXT_PARTS]
         if len(texts) == len(parts) and all(isinstance(text, str) for text in texts):
             return "".join(map(str, texts))
     raise _refusal(f"message {number} has content other than text", "text: answers are of text")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import mlx_gemma4 as g4
 from mlx_gemma4.model.conversation import conversation, functions, mark_thoughts, split_thought
-from mlx_gemma4.model.tokenizer import prompt_tokens
+from mlx_gemma4.model.tokenizer import load_tokenizer, prompt_tokens
 
 TOOLS = [{"type": "function", "function": {"name": "read", "parameters": {"type": "object"}}}]
 ASKED = [
@@ -23,6 +27,11 @@ EXPLICIT = (
     "{{- bos_token -}}{{- 'yes' if enable_thinking is defined and enable_thinking is true -}}"
     "{{- 'no' if enable_thinking is defined and enable_thinking is false -}}"
 )
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny):
+    return load_tokenizer(tiny)
 
 
 def text(gemma, prompt, **options) -> str:
@@ -134,3 +143,36 @@ def test_thoughts_are_parted_from_what_is_said_however_the_pieces_fall():
     for at in range(len("<|channel>"), answer.index("<channel|>")):
         marked = list(mark_thoughts([answer[:at], answer[at:]]))
         assert "".join(t for is_thought, t in marked if is_thought) == "A list?\nEasy.\n"
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=4,
+)
+messages = st.fixed_dictionaries(
+    {"role": st.sampled_from(["system", "user", "assistant", "tool"])},
+    optional={
+        "content": anything
+        | st.lists(st.fixed_dictionaries({"type": anything, "text": anything}), max_size=2),
+        "name": anything,
+        "reasoning": anything,
+        "tool_calls": anything
+        | st.lists(
+            st.fixed_dictionaries(
+                {"function": st.fixed_dictionaries({"name": anything, "arguments": anything})}
+            ),
+            max_size=2,
+        ),
+    },
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    prompt=st.lists(messages, max_size=3) | anything,
+    tools=anything | st.lists(st.fixed_dictionaries({"name": anything}), max_size=2),
+)
+def test_whatever_is_given_is_rendered_or_refused(tokenizer, prompt, tools):
+    with contextlib.suppress(g4.Gemma4Error):
+        assert prompt_tokens(tokenizer, prompt, tools=tools)
