@@ -15,6 +15,7 @@ from .errors import AdapterError, CapabilityError, ConfigError, ModelError
 from .lora.attach import adapted_modules, attach_lora
 from .lora.state import load_adapter
 from .lora.targets import resolve_targets
+from .model.conversation import Prompt
 from .model.download import resolve
 from .model.generation import stream_answer
 from .model.loader import LoadedBackbone, load_backbone
@@ -37,7 +38,7 @@ def load(
     """Load a Gemma 4 for training or generation.
 
     Args:
-        adapter: an adapter folder of any format, such as OUTPUT/adapter.
+        adapter: an adapter folder of any format, or the folder of a run that has one.
         encoders: build vision and audio encoders too, through mlx-vlm.
         towers: the old name of `encoders`, refused with a ConfigError.
 
@@ -145,16 +146,26 @@ class Gemma4:
         if not self.plan.tied:
             lm_head(self.backbone).unfreeze()
 
-    def generate(self, prompt: str, **options: Any) -> str:
-        """Answer a prompt through the chat template; options as in `stream`."""
+    def generate(self, prompt: Prompt, **options: Any) -> str:
+        """Answer a prompt through the chat template; options as in `stream`.
+
+        With `thinking=True` the thought comes first, as the model writes it;
+        `model.conversation.split_thought` parts it from the answer.
+        """
         return "".join(self.stream(prompt, **options))
 
-    def stream(self, prompt: str, **options: Any) -> Iterator[str]:
-        """The answer in pieces; options as in `model.generation.stream_answer`.
+    def stream(self, prompt: Prompt, **options: Any) -> Iterator[str]:
+        """The answer in pieces.
+
+        Args:
+            prompt: what the user says, or a list of messages (role, content, tool_calls, ...).
+            options: system, tools, thinking, max_tokens, temperature, top_p and seed, as in
+                `model.generation.stream_answer`.
 
         Raises:
             CapabilityError: the model was loaded with encoders.
-            ModelError: the tokenizer has no chat template.
+            ConfigError: a prompt that asks nothing.
+            ModelError: the tokenizer has no chat template, or it refuses the prompt.
         """
         if self.processor is not None:
             raise CapabilityError(

@@ -59,6 +59,16 @@ SMALL_VISION = {
 """The vision_config of a small image encoder."""
 
 
+SMALL_AUDIO = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "output_proj_dims": 16,
+    "subsampling_conv_channels": [8, 4],
+}
+"""The audio_config of a small audio encoder."""
+
+
 def write_rows(folder: Path, **splits: list) -> Path:
     """A data folder with one JSONL file per split."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -118,17 +128,19 @@ UNIFIED_VISION = {
 }
 
 
-def as_others_load_it(source: Path, folder: Path) -> Path:
+def as_others_load_it(source: Path, folder: Path, audio: bool = False) -> Path:
     """A copy of a small checkpoint that every mlx-lm and mlx-vlm loads.
 
-    In the layout of MLX conversions, with an image encoder, with no key left to the libraries'
-    defaults, and with the dead K/V weights of sharing layers that older ones want.
+    In the layout of MLX conversions, with an image encoder, if asked with an audio encoder, with no
+    key left to the libraries' defaults, and with the dead K/V weights of sharing layers that older
+    ones want.
     """
     config = json.loads((source / "config.json").read_text())
     config["text_config"].setdefault("hidden_size_per_layer_input", 0)
     unified = config["model_type"] == "gemma4_unified"
     if find_spec(f"mlx_vlm.models.{config['model_type']}"):
         config["vision_config"] = UNIFIED_VISION if unified else SMALL_VISION
+        config["audio_config"] = SMALL_AUDIO if audio else config.get("audio_config")
     shutil.copytree(source, folder)
     (folder / "config.json").write_text(json.dumps(config))
     loaded = load_backbone(source)

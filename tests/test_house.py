@@ -21,7 +21,7 @@ MODULES = {
 COMMANDS = {"fit", "generate", "__main__"}
 # A module may import from its own room and from rooms of the same step or an earlier one.
 STEPS = [
-    {"errors", "storage", "trust", "config"},
+    {"errors", "extras", "storage", "trust", "config"},
     {"model"},
     {"nn"},
     {"memory"},

@@ -37,9 +37,18 @@ class RunConfig(Settings):
 class GenerateConfig(Settings):
     """`python -m mlx_gemma4.generate`."""
 
-    adapter: str | None = setting(None, "an adapter folder, such as runs/1/adapter")
-    prompt: str | None = setting(None, "what the user says")
+    adapter: str | None = setting(
+        None, "a run's folder, such as runs/1, one of its checkpoints, or any adapter folder"
+    )
+    prompt: tuple[str, ...] | None = setting(
+        None, "what the user says; several are answered one by one, each without the others"
+    )
+    conversation: str | None = setting(
+        None, 'a JSON file: a list of messages, or {"messages": [...], "tools": [...]}'
+    )
+    tools: str | None = setting(None, "a JSON file: a list of tools, in OpenAI's form")
     system: str | None = setting(None, "what the system turn says")
+    thinking: bool = setting(False, "let the model think before it answers")
     max_tokens: int = setting(256, "the most tokens of an answer", at_least=1)
     temperature: float = setting(0.0, "0 takes the likeliest token each time", at_least=0.0)
     top_p: float = setting(

@@ -65,6 +65,12 @@ def export(
         ExportError: the export does not do what the trained model does.
     """
     require_format(format, options)
+    if gemma.lora is None and format not in ("mlx-lm", "fused"):
+        found, do = (
+            f"{format} has no place for whole weights",
+            "export with --format fused or mlx-lm",
+        )
+        raise AdapterError(found, wanted="LoRA", do=do)
     output = Path(output).expanduser()
     if format == "gguf":
         return _export_gguf(gemma, output, verify)
@@ -93,10 +99,6 @@ def _export_adapter(
     gemma: Gemma4, output: Path, verify: bool, format: Format
 ) -> list[Proof | ChangeKept]:
     adapter_of(gemma.backbone, gemma.lora, gemma.name)  # which refuses what is not finite
-    if gemma.lora is None and format.name != "mlx-lm":
-        raise AdapterError(
-            f"{format.name} has no whole weights", wanted="LoRA", do="export it with --format fused"
-        )
     require_effect(gemma.backbone, "the model")
     adapter = Adapter(gemma.lora, gemma.backbone, gemma.plan, gemma.name)
     config, tensors = format.write(adapter)

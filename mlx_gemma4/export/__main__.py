@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from ..config import ExportConfig, Part, RunConfig, build, read_arguments
-from ..errors import AdapterError, ConfigError, run_command
+from ..errors import ConfigError, run_command
 from ..gemma import load
-from ..lora.formats import base_of
-from ..lora.state import read_files
+from ..lora.state import adapter_folder, base_model_of
 from . import export, require_format
 from .hub import push_folder, require_repo_id, require_token, upload_files
 
@@ -30,12 +29,8 @@ _OF_A_FUSED_MODEL = ("quantize", "group_size", "floor", "force")
 def main(arguments: list[str] | None = None) -> None:
     run, given, options = _settings(arguments)
     source, output = Path(given.source or "").expanduser(), Path(run.output or "").expanduser()
-    adapter = source / "adapter" if (source / "adapter").is_dir() else source
-    model = run.model or base_of(read_files(adapter)[0])
-    if not model:
-        raise AdapterError(
-            f"{adapter} names no base model", wanted="one", do="give it with --model"
-        )
+    adapter = adapter_folder(source)
+    model = run.model or base_model_of(adapter)
     if output.resolve() in [Path(path).resolve() for path in (source, adapter, model)]:
         raise ConfigError(
             f"--output is {output}, which is read", wanted="another folder", do="change --output"

@@ -18,32 +18,45 @@ import yaml
 from ..errors import ConfigError, ExportError
 from ..lora.formats import ADAPTERS, base_of, format_of
 from ..lora.formats import gguf as gguf_format
-from ..lora.formats.format import CONFIG
+from ..lora.formats.format import CONFIG, OPTION, PROMPT
 from ..model.checkpoint import INDEX
 from ..model.download import SIDE_FILES
 from ..trust import require_inside
 
 _PATHS = ("model", "data", "output", "resume")
 
-_FUSED = """\
+_FUSED = f"""\
 ```python
 from mlx_lm import generate, load  # text
 
-model, tokenizer = load("{repo}")
+model, tokenizer = load("{{repo}}")
+{PROMPT}
+print(generate(model, tokenizer, prompt))
+```
+
+```bash
+mlx_lm.generate --model {{repo}} --prompt "..." {OPTION}
 ```
 
 ```python
-from mlx_vlm import generate, load  # with images and audio
+from mlx_vlm import apply_chat_template, generate, load  # with images and audio
 
-model, processor = load("{repo}")
+model, processor = load("{{repo}}")
+prompt = apply_chat_template(processor, model.config, "...", enable_thinking=False)
+print(generate(model, processor, prompt).text)
 ```"""
-_TRANSFORMERS = """
+_TRANSFORMERS = f"""
 
 ```python
-from transformers import {architecture}
+from transformers import AutoTokenizer, {{architecture}}
 
-model = {architecture}.from_pretrained("{repo}", dtype="auto")
+model = {{architecture}}.from_pretrained("{{repo}}", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("{{repo}}")
+{PROMPT}
 ```"""
+_PROMPTS = """\
+Training told the chat template `enable_thinking` false, and true where answers have reasoning. Do
+so too: mlx-lm says true when it is told nothing, which makes another prompt and other answers."""
 
 
 def kind_of(output: Path) -> str | None:
@@ -113,7 +126,7 @@ def model_card(output: Path, repo_id: str, source: Path | None = None) -> str:
     if settings:
         rows = {key: value for key, value in settings.items() if key not in _PATHS}
         parts += ["## Settings", _table("setting", rows)]
-    parts += ["## How to load it", _use(kind, output, shown, repo_id)]
+    parts += ["## How to load it", _use(kind, output, shown, repo_id), _PROMPTS]
     return "\n\n".join(parts) + "\n"
 
 

@@ -153,18 +153,20 @@ def check_logits(
     if held is not None and (unfit := library.unfit()):
         return replace(proof, why_not=f"{by} is installed, and {unfit}")
     prompts, ours, base = _our_logits(gemma)
-    loaded = _attempt(library.load, resolve(gemma.name))
-    if isinstance(loaded, str):
-        return replace(proof, why_not=f"{by} does not load the base: {loaded}")
-    their_base = [library.logits(loaded, tokens) for tokens in prompts]
+    base_model = _attempt(library.load, resolve(gemma.name))
+    if isinstance(base_model, str):
+        return replace(proof, why_not=f"{by} does not load the base: {base_model}")
+    their_base = [library.logits(base_model, tokens) for tokens in prompts]
     if held is None:
         loaded = _attempt(library.load, export)
     else:
-        loaded = _attempt(library.attach, loaded, export)
+        loaded = _attempt(library.attach, base_model, export)
     if isinstance(loaded, str):
-        raise ExportError(
-            f"{by} does not load {export}: {loaded}", wanted="that it does", do="report this"
-        )
+        # Which is not the export's fault where the library cannot even begin.
+        if held is not None and (reason := _attempt(library.prepare, base_model)):
+            return replace(proof, why_not=f"{by} takes no adapter for this base: {reason}")
+        why = f"{by} does not load {export}: {loaded}"
+        raise ExportError(why, wanted="that it does", do="report this")
     if held is not None:
         # What else the library made for the adapter must be zero.
         made_up = (".lora_b", ".B", ".lora_B.weight")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from ..model.plan import Plan
 from ..storage import new_file, read_json, write_text
 from ..trust import require_harmless
 from .attach import Update, Whole, attach_lora, require_effect, updates_of
-from .formats import format_of
+from .formats import base_of, format_of
 from .formats.format import CONFIG, Files, Read, Stored
 from .formats.mlx_lm import MlxLm, config_of
 from .targets import keys_of
@@ -69,7 +69,7 @@ def adapter_of(backbone: nn.Module, lora: LoraConfig | None, model: str) -> File
 
 
 def load_adapter(backbone: nn.Module, plan: Plan, folder: str | Path) -> LoraConfig | None:
-    """Put a saved adapter on a freshly loaded backbone, every tensor or an error.
+    """Put a saved adapter on a freshly loaded backbone, every tensor or an error, and let it train.
 
     mlx-lm's, mlx-vlm's and PEFT's formats are known by their config. Only LoRA on K/V projections
     of layers that share keys and values is passed over: libraries that build those dead modules
@@ -82,7 +82,7 @@ def load_adapter(backbone: nn.Module, plan: Plan, folder: str | Path) -> LoraCon
         AdapterError: files that are not there or not whole, tensors that are missing, extra or
             misshapen, or an adapter that changes nothing.
     """
-    folder = Path(folder).expanduser()
+    folder = adapter_folder(folder)
     config, tensors = read_files(folder)
     read = format_of(config).read(Stored(folder, config, tensors, backbone, plan))
     lora = read.lora
@@ -100,6 +100,8 @@ def load_adapter(backbone: nn.Module, plan: Plan, folder: str | Path) -> LoraCon
             do="name the model that the adapter was trained on",
         )
     backbone.load_weights(list(read.tensors.items()), strict=False)
+    if lora is None:
+        _unfreeze(backbone, read.tensors)
     require_effect(backbone, str(folder))
     mx.eval(read.tensors)
     return lora
@@ -115,8 +117,27 @@ def read_updates(adapter: str | Path, plan: Plan) -> dict[str, Update]:
     backbone.freeze()
     if load_adapter(backbone, plan, adapter) is not None:
         return updates_of(backbone, plan)
-    _, stored = read_files(Path(adapter).expanduser())
+    _, stored = read_files(adapter_folder(adapter))
     return {inner_name(name, plan) or name: Whole(value) for name, value in stored.items()}
+
+
+def adapter_folder(path: str | Path) -> Path:
+    """The adapter of a run's folder; any other folder is one itself, as a checkpoint is."""
+    path = Path(path).expanduser()
+    return path / "adapter" if (path / "adapter").is_dir() else path
+
+
+def base_model_of(adapter: Path) -> str:
+    """The path or Hub id of the base model that an adapter folder names.
+
+    Raises:
+        AdapterError: it names none, or cannot be read.
+    """
+    base = base_of(read_files(adapter)[0])
+    if isinstance(base, str) and base:
+        return base
+    found, do = f"{adapter} names no base model", "give it with --model"
+    raise AdapterError(found, wanted="one", do=do)
 
 
 def read_files(folder: Path) -> Files:
@@ -142,7 +163,7 @@ def read_files(folder: Path) -> Files:
     raise AdapterError(
         f"{folder} has no {missing[0]}",
         wanted=f"a folder with {CONFIG} and {weights}",
-        do="name the adapter folder of a run: OUTPUT/adapter",
+        do="name a run's folder, its adapter (OUTPUT/adapter), or one of its checkpoints",
     )
 
 
@@ -165,6 +186,12 @@ def _wanted_of_full(
         or (name.startswith(layers) and not is_frozen_buffer(name))
         or (around and name.startswith(prefix) and not name.startswith(aside))
     }
+
+
+def _unfreeze(backbone: nn.Module, names: Collection[str]) -> None:
+    for path, module in backbone.named_modules():
+        if keys := [key for key in module if f"{path}.{key}" in names]:
+            module.unfreeze(recurse=False, keys=keys)
 
 
 def _targets_of(read: Read, backbone: nn.Module) -> tuple[tuple[str, ...], int]:

@@ -8,6 +8,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..config import GenerateConfig
+from .conversation import Prompt
 from .tokenizer import prompt_tokens
 
 
@@ -15,9 +17,11 @@ def stream_answer(
     backbone: nn.Module,
     tokenizer: Any,
     end_tokens: Collection[int],
-    prompt: str,
+    prompt: Prompt,
     *,
     system: str | None = None,
+    tools: Any = None,
+    thinking: bool = False,
     max_tokens: int = 256,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -28,27 +32,31 @@ def stream_answer(
     Args:
         backbone: mlx-lm's model.
         end_tokens: ids on which an answer ends.
-        prompt, system: what the user and the system turn say; rendered through the chat template.
+        prompt, system, tools, thinking: as in `prompt_tokens`.
         temperature: 0 takes the likeliest token each time.
         top_p: sample among the likeliest tokens of this total probability.
 
     Raises:
+        ConfigError: a prompt that asks nothing, or a number out of bounds.
         ModelError: no chat template, or one that refuses the prompt.
     """
-    from mlx_lm.generate import stream_generate
-    from mlx_lm.sample_utils import make_sampler
-    from mlx_lm.tokenizer_utils import TokenizerWrapper
+    GenerateConfig(max_tokens=max_tokens, temperature=temperature, top_p=top_p)
+    tokens = prompt_tokens(tokenizer, prompt, system=system, tools=tools, thinking=thinking)
 
-    messages = [{"role": "system", "content": system}] if system else []
-    messages.append({"role": "user", "content": prompt})
-    tokens = prompt_tokens(tokenizer, messages)
-    mx.random.seed(seed)
-    backbone.eval()
-    for piece in stream_generate(
-        backbone,
-        TokenizerWrapper(tokenizer, eos_token_ids=sorted(end_tokens)),
-        tokens,
-        max_tokens=max_tokens,
-        sampler=make_sampler(temperature, top_p),
-    ):
-        yield piece.text
+    def pieces() -> Iterator[str]:
+        from mlx_lm.generate import stream_generate
+        from mlx_lm.sample_utils import make_sampler
+        from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+        mx.random.seed(seed)
+        backbone.eval()
+        for piece in stream_generate(
+            backbone,
+            TokenizerWrapper(tokenizer, eos_token_ids=sorted(end_tokens)),
+            tokens,
+            max_tokens=max_tokens,
+            sampler=make_sampler(temperature, top_p),
+        ):
+            yield piece.text
+
+    return pieces()

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import ModelError, damaged
 from ..storage import read_json
+from .conversation import Prompt, conversation, functions
 from .download import resolve
 from .plan import Plan, read_config
 
 END_OF_TURN = "<turn|>"
+_ENDS = (END_OF_TURN, "<|tool_response>")  # what follows a call is not the model's to write
 
 TEMPLATE_ERRORS = (
     TypeError,
@@ -59,14 +61,24 @@ def load_processor(folder: Path) -> Any:
 
 
 def prompt_tokens(
-    tokenizer: Any, messages: Sequence[Mapping[str, Any]], **options: Any
+    tokenizer: Any,
+    prompt: Prompt,
+    *,
+    system: str | None = None,
+    tools: Any = None,
+    thinking: bool = False,
 ) -> list[int]:
-    """Token ids of a conversation up to where the model answers, by the chat template.
+    """Token ids of a prompt up to where the model answers, by the chat template.
 
     Args:
-        options: what the template is told besides, such as `enable_thinking`.
+        prompt: what the user says, or messages.
+        system: what a system turn before them says.
+        tools: the tools that the model may call, in OpenAI's form.
+        thinking: let the model think before it answers. The template is told either way, since
+            what it does untold is not the same in every template.
 
     Raises:
+        ConfigError: a prompt that asks nothing, or is none.
         ModelError: there is no template, or it refuses the conversation.
     """
     from jinja2 import TemplateError
@@ -77,9 +89,15 @@ def prompt_tokens(
             wanted="chat_template.jinja, as the instruction-tuned (-it) checkpoints have it",
             do="name an instruction-tuned checkpoint, or copy its chat_template.jinja",
         )
-    options = {"add_generation_prompt": True, "return_dict": False, **options}
+    messages, known = conversation(prompt, system), functions(tools)
     try:
-        ids: list[int] = tokenizer.apply_chat_template(list(messages), **options)
+        ids: list[int] = tokenizer.apply_chat_template(
+            messages,
+            tools=known,
+            enable_thinking=thinking,
+            add_generation_prompt=True,
+            return_dict=False,
+        )
     except (TemplateError, *TEMPLATE_ERRORS) as error:
         raise ModelError(
             f"the model's chat template refuses the conversation: {' '.join(str(error).split())}",
@@ -90,7 +108,7 @@ def prompt_tokens(
 
 
 def end_tokens(folder: Path, config: Mapping[str, Any], tokenizer: Any) -> set[int]:
-    """Ids on which generation stops: those that the checkpoint names, and the end of a turn."""
+    """Ids on which generation stops: those that the checkpoint names, and ends of turns."""
     named: list[Any] = [config.get("eos_token_id"), tokenizer.eos_token_id]
     path = folder / "generation_config.json"
     if path.exists():
@@ -103,8 +121,8 @@ def end_tokens(folder: Path, config: Mapping[str, Any], tokenizer: Any) -> set[i
                 "download it again, or remove it",
             ) from None
     ids = {i for entry in named for i in (entry if isinstance(entry, list) else [entry])}
-    turn = tokenizer.convert_tokens_to_ids(END_OF_TURN)
-    return (ids | {turn}) - {None, tokenizer.unk_token_id}
+    turns = {tokenizer.convert_tokens_to_ids(end) for end in _ENDS}
+    return (ids | turns) - {None, tokenizer.unk_token_id}
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ..export import export
+from ..extras import import_extra
 from ..gemma import Gemma4
 from ..lora.attach import adapted_modules
 from ..model.names import flat
@@ -58,8 +59,7 @@ class Run:
 
         A notebook shows what the call returns; elsewhere `figure.savefig("loss.png")`.
         """
-        import matplotlib.pyplot as plt
-
+        plt = import_extra("matplotlib.pyplot", "plot")
         figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
         plt.close(figure)  # or a notebook would show it twice
         for key, label, style in (("loss", "train", "-"), ("val_loss", "validation", "o-")):

@@ -168,7 +168,7 @@ def test_a_file_that_is_no_export_is_kept(adapter, tmp_path, capsys):
 def test_a_pickled_adapter_of_pefts(adapter, tmp_path, capsys):
     (adapter / "adapters.safetensors").rename(adapter / "adapter_model.bin")
     told = refused(capsys, tmp_path, adapter, "--output", tmp_path / "out")
-    assert "save_pretrained" in told
+    assert "adapter_model.bin is a pickle" in told and "safetensors" in told
 
 
 def test_a_base_that_is_another_member(adapter, checkpoints, tmp_path, capsys):
@@ -195,6 +195,7 @@ def test_push_is_private_unless_asked(run, tmp_path, monkeypatch, capsys, words,
         return "https://hub/commit"
 
     monkeypatch.setattr(command, "push_folder", push)
+    monkeypatch.setenv("HF_TOKEN", "localTestOnly")
     out = tmp_path / "out"
     call(run.output, "--output", out, "--push", "me/mine", "--no-verify", *words)
     assert asked == [(out, "me/mine", run.output, private)]
@@ -227,3 +228,50 @@ def test_a_damaged_adapter(adapter, tmp_path, capsys):
     path.write_bytes(path.read_bytes()[:-10])
     assert "cannot be read" in refused(capsys, tmp_path, adapter, "--output", tmp_path / "out")
     shutil.rmtree(adapter)
+
+
+# ---------------------------------------------------------------- runs of every kind
+
+
+@pytest.fixture(scope="module")
+def full(others, tmp_path_factory) -> g4.Run:
+    """A run that trained every weight, with its folder."""
+    folder = tmp_path_factory.mktemp("full")
+    gemma = g4.load(others["e2b"])
+    config = g4.TrainConfig(
+        fine_tune_type="full", iters=2, learning_rate=1e-2, batch_size=2, save_every=1
+    )
+    return g4.finetune(gemma, g4.read(CHAT, gemma), config, output=folder / "out", callbacks=[])
+
+
+@pytest.mark.parametrize("place", ["", "adapter", "checkpoints/step-000002"])
+def test_a_fully_trained_run_is_fused(full, tmp_path, capsys, place):
+    call(full.output / place, "--format", "fused", "--output", tmp_path / "model")
+    told = capsys.readouterr().out
+    assert re.search(r"fused: \d+ tensors, loaded by mlx-lm \S+, largest", told), told
+    ours = full.gemma.generate("A list?", max_tokens=8)
+    assert g4.load(tmp_path / "model").generate("A list?", max_tokens=8) == ours
+
+
+def test_a_fully_trained_run_for_mlx_lm(full, tmp_path, capsys):
+    call(full.output, "--output", tmp_path / "out")
+    assert "loaded by mlx-lm" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("format", ["mlx-vlm", "mlx-vlm-legacy", "peft", "peft-causal", "gguf"])
+def test_formats_without_whole_weights_say_which_have_them(full, tmp_path, capsys, format):
+    told = refused(capsys, tmp_path, full.output, "--format", format, "--output", tmp_path / "out")
+    assert "fused" in told and "mlx-lm" in told
+
+
+def test_from_a_checkpoint_that_is_not_the_last(others, tmp_path, capsys):
+    gemma = g4.load(others["dense"])
+    config = g4.TrainConfig(iters=2, learning_rate=1e-2, batch_size=2, save_every=1)
+    lora = g4.LoraConfig(rank=2)
+    data = g4.read(CHAT, gemma)
+    g4.finetune(gemma, data, config, lora=lora, output=tmp_path / "run", callbacks=[])
+    written = []
+    for place in ("checkpoints/step-000001", "checkpoints/step-000002", ""):
+        call(tmp_path / "run" / place, "--output", tmp_path / "out", "--no-verify")
+        written.append((tmp_path / "out" / "adapters.safetensors").read_bytes())
+    assert written[0] != written[1] == written[2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import re
@@ -9,11 +10,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from adapters import KINDS, assert_same, trainable, trained
+from helpers import as_others_load_it
 
 import mlx_gemma4 as g4
 from mlx_gemma4 import export as room
@@ -21,6 +24,8 @@ from mlx_gemma4.export import FORMATS, export, verify
 from mlx_gemma4.export.verify import Proof, check_adapter
 from mlx_gemma4.lora.formats import ADAPTERS
 from mlx_gemma4.lora.formats.mlx_lm import MlxLmLibrary
+from mlx_gemma4.lora.formats.transformers import TransformersLibrary, architecture
+from mlx_gemma4.model.plan import Plan, read_config
 
 INNER = "layers.1.mlp.up_proj"
 MLX = f"language_model.model.{INNER}"
@@ -371,3 +376,109 @@ def test_an_export_killed_at_any_point_leaves_the_old_folder_or_the_new_one(old,
     assert outcomes == sorted(outcomes, reverse=True), "first the old one, then the new"
     export(g4.load(tiny, adapter=old), tmp_path / "folder", verify=False)
     assert not list(tmp_path.glob(".partial-*"))
+
+
+# ---------------------------------------------------------------- a base that no adapter loads onto
+
+
+@pytest.fixture(scope="module")
+def audible(checkpoints, tmp_path_factory) -> Path:
+    """E2B with an audio encoder, which mlx-vlm 0.7 cannot freeze."""
+    return as_others_load_it(checkpoints["e2b"], tmp_path_factory.mktemp("a") / "e2b", audio=True)
+
+
+def test_where_the_library_takes_no_adapter_the_rules_are_the_proof(audible, tmp_path):
+    gemma = trained(audible, KINDS["lora"])
+    format = "mlx-vlm-legacy" if ADAPTERS["mlx-vlm"].library.unfit() else "mlx-vlm"
+    (proof,) = export(gemma, tmp_path / "out", format)
+    told = rf"{format}: \d+ tensors"
+    stuck = (
+        r" keep the format's rules; not run: mlx-vlm \S+ takes no adapter for this base: \S+: .+"
+    )
+    works = r", loaded by mlx-vlm .*"  # before 0.7
+    assert re.fullmatch(told + (works if proof.by else stuck), str(proof)), proof
+    if importlib.metadata.version("mlx_vlm").startswith("0.7."):
+        assert "_no_grad" in proof.why_not
+    assert_same(trainable(g4.load(audible, tmp_path / "out")), trainable(gemma))
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_wrong_export_fails_there_too(audible, tmp_path, monkeypatch, fault):
+    gemma = trained(audible, KINDS["lora"])
+    write = ADAPTERS["mlx-vlm"].write
+
+    def wrong(adapter):
+        config, weights = json.loads(json.dumps(write(adapter)[0])), dict(write(adapter)[1])
+        if fault == "key":
+            config["lora_parameters"]["keys"].pop()
+        else:
+            FAULTS[fault](config, weights)
+        return config, weights
+
+    monkeypatch.setattr(ADAPTERS["mlx-vlm"], "write", wrong)
+    with pytest.raises(g4.ExportError):
+        export(gemma, tmp_path / "out", "mlx-vlm")
+    assert not list(tmp_path.iterdir())
+
+
+class Stuck(Broken):
+    def prepare(self, model):
+        raise AttributeError("no _no_grad")
+
+
+def test_only_a_library_that_cannot_begin_is_excused(gemma, old, monkeypatch):
+    monkeypatch.setattr(ADAPTERS["mlx-lm"], "library", Stuck(gemma))
+    (proof,) = export(gemma, old)
+    assert proof.by is None and "takes no adapter for this base" in proof.why_not
+    monkeypatch.setattr(ADAPTERS["mlx-lm"], "library", Broken(gemma))
+    assert "does not load" in refused(gemma, old)
+
+
+# ---------------------------------------------------------------- no code of the folder
+
+
+def test_libraries_are_told_to_run_no_code_of_the_folder(tiny, others, monkeypatch):
+    def newer(base, trust_remote_code=False):
+        told.append(trust_remote_code)
+        raise InterruptedError
+
+    def older(base):
+        told.append("it does not take it")
+        raise InterruptedError
+
+    def any_option(base, lazy=False, **options):
+        told.append(options["trust_remote_code"])
+        raise InterruptedError
+
+    told = []
+    for function in (newer, older):
+        monkeypatch.setattr("mlx_lm.utils.load_model", function)
+        with pytest.raises(InterruptedError):
+            ADAPTERS["mlx-lm"].library.load(others["e2b"])
+    monkeypatch.setattr("mlx_vlm.utils.load_model", any_option)
+    with pytest.raises(InterruptedError):
+        ADAPTERS["mlx-vlm"].library.load(others["e2b"])
+    assert told == [False, "it does not take it", False]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_transformers_is_told_so_too(others, monkeypatch, causal):
+    import transformers
+
+    told = []
+
+    def config(base, **options):
+        told.append(options)
+        return SimpleNamespace(text_config=None)
+
+    def model(base, **options):
+        told.append(options)
+        raise InterruptedError
+
+    name = architecture(Plan.from_config(read_config(others["e2b"])), causal)
+    cls = SimpleNamespace(from_pretrained=model)
+    monkeypatch.setattr(transformers, name, cls, raising=False)
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", config)
+    with pytest.raises(InterruptedError):
+        TransformersLibrary(causal).load(others["e2b"])
+    assert [options["trust_remote_code"] for options in told] == [False] * (1 + causal)

@@ -62,12 +62,12 @@ def test_without_the_end_of_turn_the_answer_would_go_on(knowing):
 
 
 def test_the_end_of_turn_ends_an_answer_whatever_the_checkpoint_names(tiny, tmp_path):
-    assert g4.load(tiny).end_tokens == {1, 106}
+    assert g4.load(tiny).end_tokens == {1, 50, 106}
     folder = shutil.copytree(tiny, tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": 1}))
-    (folder / "generation_config.json").write_text('{"eos_token_id": [1, 50]}')
-    assert g4.load(folder).end_tokens == {1, 50, 106}
+    (folder / "generation_config.json").write_text('{"eos_token_id": [1, 48]}')
+    assert g4.load(folder).end_tokens == {1, 48, 50, 106}
 
 
 def test_the_system_turn_reaches_the_model(knowing):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from ...errors import DataError, listing
+from ...extras import import_extra
 from .records import Raw, csv_rows, json_values, lines, parquet_rows
 
 SPLITS = ("train", "valid", "test")
@@ -103,8 +104,7 @@ def _opened(path: Path, compression: str) -> IO[bytes]:
     if compression == ".gz":
         return gzip.open(path, "rb")  # type: ignore[return-value]
     if compression == ".zst":
-        import pyarrow
-
+        pyarrow = import_extra("pyarrow", "data")
         source = pyarrow.OSFile(str(path))
         return io.BufferedReader(pyarrow.CompressedInputStream(source, "zstd"), 1 << 20)
     return path.open("rb", buffering=1 << 20)

@@ -16,6 +16,7 @@ from itertools import chain
 from typing import IO, Any, NamedTuple, NoReturn
 
 from ...errors import DataError
+from ...extras import import_extra
 
 Raw = Any
 
@@ -127,9 +128,8 @@ def csv_rows(stream: IO[bytes], place: str) -> Iterator[tuple[int, Cells]]:
 
 def parquet_rows(stream: IO[bytes], place: str) -> Iterator[tuple[int, dict]]:
     """The rows of a Parquet file, counted from 1."""
-    import pyarrow
-    from pyarrow import parquet
-
+    pyarrow = import_extra("pyarrow", "data")
+    parquet = import_extra("pyarrow.parquet", "data")
     try:
         with parquet.ParquetFile(stream) as table:
             batches = table.iter_batches(batch_size=1000)

@@ -13,6 +13,7 @@ from typing import Any
 
 from ...config import DataConfig
 from ...errors import ConfigError, DataError
+from ...extras import import_extra
 from .files import SPLIT_NAMES, DataFile, find_files, hash_file
 from .records import Raw, without_nulls
 
@@ -158,14 +159,12 @@ def _by_split(tables: Mapping[str, Table], found: str) -> dict[str, list[Source]
 
 
 def _splits_of_dataset(name: str, config: DataConfig) -> dict[str, list[Source]]:
-    import datasets
-    from datasets.exceptions import DatasetsError
-
+    datasets = import_extra("datasets", "data", at_least=4)  # which runs no loading scripts
     part = config.dataset_split
     try:
         path = str(Path(name).expanduser())
         loaded = datasets.load_dataset(path, config.dataset_config, split=part)
-    except (OSError, ValueError, KeyError, DatasetsError) as error:
+    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
         found = f"the dataset {name} cannot be loaded: {' '.join(str(error).split())}"
         wanted = "a path on this machine, or the id of a Hub dataset with its configuration"
         do = "check the name, dataset_config, dataset_split, and the connection"

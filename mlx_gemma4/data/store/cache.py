@@ -44,10 +44,17 @@ def tokens_key(task: Task) -> str:
         repr(sorted(tokenizer.special_tokens_map.items(), key=repr)),
         str(task.vocab_size),
         repr([pair for pair in vars(task.config).items() if pair[0] not in _OF_SOURCES]),
-        repr([importlib.metadata.version(name) for name in _LIBRARIES]),
+        repr([_version(name) for name in _LIBRARIES]),
         *((_DATA / name).read_text() for name in CODE),
     ]
     return hashlib.sha256("\0".join(made_of).encode()).hexdigest()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # an extra
+        return None
 
 
 def cached(key: str, build: Callable[[Path], Any]) -> Path:

@@ -3,15 +3,18 @@
 A format has: name and file, use (how to load one from the Hub: a template of base, repo and
 architecture), recognises(config), read(stored) -> Read, write(adapter) -> Files, and its library,
 which has: packages to install (the last one names it), unfit() (why the installed version cannot
-judge an adapter; empty if it can), load(base), attach(model, adapter folder), logits(model,
-tokens_T) (T, V) in float32, and holds(model), its tensors by the file's names. read and write raise
-AdapterError where the other side has no place for a setting.
+judge an adapter; empty if it can), load(base), attach(model, adapter folder), prepare(model) (what
+attach does before it reads an adapter: where that fails, the library takes none for this base),
+logits(model, tokens_T) (T, V) in float32, and holds(model), its tensors by the file's names. read
+and write raise AdapterError where the other side has no place for a setting.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +29,21 @@ CONFIG = "adapter_config.json"
 
 Files = tuple[dict[str, Any], dict[str, mx.array]]
 """An adapter folder: adapter_config.json, and the tensors by name."""
+
+
+PROMPT = """\
+prompt = tokenizer.apply_chat_template(
+    [{{"role": "user", "content": "..."}}], add_generation_prompt=True, enable_thinking=False
+)"""
+OPTION = """--chat-template-config '{{"enable_thinking": false}}'"""
+"""For a `use`: the prompts of training, in Python and of mlx_lm.generate."""
+
+
+def without_remote_code(load: Callable[..., Any]) -> Callable[..., Any]:
+    """A library's function that loads, told to run no code of the folder, where it can be told."""
+    taken = inspect.signature(load).parameters.values()
+    told = any(p.name == "trust_remote_code" or p.kind is p.VAR_KEYWORD for p in taken)
+    return partial(load, trust_remote_code=False) if told else load
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,17 @@ from ...errors import AdapterError, ConfigError
 from ...model.names import flat, is_dead, text_model, text_prefix
 from ..attach import low_rank_updates
 from ..targets import adaptable_modules, keys_of, module_name, resolve_targets
-from .format import CONFIG, Adapter, Files, Read, Stored, alpha_of
+from .format import (
+    CONFIG,
+    OPTION,
+    PROMPT,
+    Adapter,
+    Files,
+    Read,
+    Stored,
+    alpha_of,
+    without_remote_code,
+)
 
 
 class MlxLmLibrary:
@@ -41,7 +51,7 @@ class MlxLmLibrary:
     def load(self, base: Path) -> Any:
         from mlx_lm.utils import load_model
 
-        model, _ = load_model(base)
+        model, _ = without_remote_code(load_model)(base)
         return model
 
     def attach(self, model: Any, adapter: Path) -> Any:
@@ -50,6 +60,9 @@ class MlxLmLibrary:
         model = load_adapters(model, str(adapter))
         model.eval()
         return model
+
+    def prepare(self, model: Any) -> None:
+        pass
 
     def logits(self, model: Any, tokens_T: list[int]) -> np.ndarray:
         return np.array(model(mx.array([tokens_T]))[0].astype(mx.float32))
@@ -66,12 +79,20 @@ class MlxLm:
     metadata: Mapping[str, str] = {"format": "mlx"}
     library: Any = MlxLmLibrary()
     hub_library = "mlx"
-    use = """\
+    use = f"""\
 ```python
 from huggingface_hub import snapshot_download
 from mlx_lm import generate, load
 
-model, tokenizer = load("{base}", adapter_path=snapshot_download("{repo}"))
+model, tokenizer = load("{{base}}", adapter_path=snapshot_download("{{repo}}"))
+{PROMPT}
+print(generate(model, tokenizer, prompt))
+```
+
+```bash
+hf download {{repo}} --local-dir adapter
+mlx_lm.generate --model {{base}} --adapter-path adapter --prompt "..." \\
+    {OPTION}
 ```"""
 
     def recognises(self, config: Mapping[str, Any]) -> bool:

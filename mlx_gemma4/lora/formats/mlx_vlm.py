@@ -26,7 +26,7 @@ from ...model.kv_store import apply_kv_store
 from ...model.names import EXPERTS, text_prefix
 from ..attach import low_rank_updates
 from ..targets import module_name
-from .format import CONFIG, Adapter, Files, Read, Stored
+from .format import CONFIG, Adapter, Files, Read, Stored, without_remote_code
 from .mlx_lm import MlxLm, MlxLmLibrary
 
 
@@ -51,7 +51,7 @@ class MlxVlmLibrary(MlxLmLibrary):
     def load(self, base: Path) -> Any:
         from mlx_vlm.utils import load_model
 
-        model = load_model(base)
+        model = without_remote_code(load_model)(base)
         text = model.language_model.model
         unshared = getattr(text, "first_kv_shared_layer_idx", len(text.layers))
         if unshared < len(text.layers) and not inspect_backbone(model).native:
@@ -66,6 +66,10 @@ class MlxVlmLibrary(MlxLmLibrary):
         model.eval()
         return model
 
+    def prepare(self, model: Any) -> None:
+        """0.7 freezes all of the model first, and its audio encoder has a part that cannot be."""
+        model.freeze()
+
     def logits(self, model: Any, tokens_T: list[int]) -> np.ndarray:
         return np.array(model.language_model(mx.array([tokens_T])).logits[0].astype(mx.float32))
 
@@ -78,9 +82,11 @@ class MlxVlm(MlxLm):
     use = """\
 ```python
 from huggingface_hub import snapshot_download
-from mlx_vlm import generate, load
+from mlx_vlm import apply_chat_template, generate, load
 
 model, processor = load("{base}", adapter_path=snapshot_download("{repo}"))
+prompt = apply_chat_template(processor, model.config, "...", enable_thinking=False)
+print(generate(model, processor, prompt).text)
 ```"""
 
     def recognises(self, config: Mapping[str, Any]) -> bool:

@@ -29,7 +29,7 @@ from ...model.checkpoint import mismatches, shapes_of
 from ...model.names import Module, is_dead, text_model, text_prefix
 from ..attach import LowRank, low_rank_updates
 from ..targets import adaptable_modules, module_name
-from .format import Adapter, Files, Read, Stored, alpha_of
+from .format import PROMPT, Adapter, Files, Read, Stored, alpha_of
 from .stacked import DOWN, GATE_UP, stack, stack_shapes, unstack
 from .transformers import PeftLibrary, architecture
 
@@ -65,13 +65,15 @@ class Peft:
     file = "adapter_model.safetensors"
     metadata: Mapping[str, str] = {"format": "pt"}
     hub_library = "peft"
-    use = """\
+    use = f"""\
 ```python
 from peft import PeftModel
-from transformers import {architecture}
+from transformers import AutoTokenizer, {{architecture}}
 
-base = {architecture}.from_pretrained("{base}", dtype="auto")
-model = PeftModel.from_pretrained(base, "{repo}")
+base = {{architecture}}.from_pretrained("{{base}}", dtype="auto")
+model = PeftModel.from_pretrained(base, "{{repo}}")
+tokenizer = AutoTokenizer.from_pretrained("{{base}}")
+{PROMPT}
 ```"""
 
     def __init__(self, causal: bool = False):

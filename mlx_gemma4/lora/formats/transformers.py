@@ -38,8 +38,10 @@ class TransformersLibrary:
         plan = Plan.from_config(read_config(base))
         cls = getattr(transformers, architecture(plan, self._causal))
         options: dict[str, Any] = {"dtype": "auto", "attn_implementation": "eager"}
+        options["trust_remote_code"] = False
         if self._causal and plan.is_multimodal:
-            options["config"] = transformers.AutoConfig.from_pretrained(base).text_config
+            config = transformers.AutoConfig.from_pretrained(base, trust_remote_code=False)
+            options["config"] = config.text_config
             options["key_mapping"] = {r"^model\.language_model\.": "model."}
         with _quiet(transformers.utils.logging):
             model, info = cls.from_pretrained(base, output_loading_info=True, **options)
@@ -71,6 +73,9 @@ class PeftLibrary(TransformersLibrary):
             warnings.simplefilter("ignore")
             warnings.filterwarnings("error", "(?s).*missing adapter keys")
             return peft.PeftModel.from_pretrained(model, str(adapter)).eval()
+
+    def prepare(self, model: Any) -> None:
+        pass
 
     def holds(self, model: Any) -> dict[str, mx.array]:
         import peft

@@ -1,0 +1,131 @@
+"""What a model may be asked, a text or messages, as a chat template reads it; and its answer.
+
+Messages are OpenAI's: role and content, and where there are any tool_calls, name, tool_call_id and
+reasoning. They come out as training renders them: calls with arguments as objects, content as text.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from ..errors import ConfigError
+
+Prompt = str | Sequence[Mapping[str, Any]]
+"""What the user says, or a conversation up to where the model answers."""
+
+_OPEN, _CLOSE = "<|channel>", "<channel|>"
+_CHANNEL = re.compile(r"(<\|channel>|<channel\|>)")
+_TEXT_PARTS = ("text", "input_text", "output_text")
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+def conversation(prompt: Prompt, system: str | None = None) -> list[dict[str, Any]]:
+    """The messages of a prompt.
+
+    Args:
+        system: what a system turn before them says.
+
+    Raises:
+        ConfigError: nothing is asked, or a message that is none.
+    """
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    if not isinstance(prompt, Sequence) or not prompt:
+        raise _refusal(f"the prompt is {prompt!r}"[:100], "text, or a list of messages")
+    messages = [_message(message, number) for number, message in enumerate(prompt, 1)]
+    if system and messages[0]["role"] in ("system", "developer"):
+        raise _refusal("system is given, and the messages begin with a system turn", "one of them")
+    return [{"role": "system", "content": system}, *messages] if system else messages
+
+
+def functions(tools: Any) -> list[dict[str, Any]] | None:
+    """Tools in OpenAI's form, with or without the "function" around each; None for no tools.
+
+    Raises:
+        ConfigError: no list, or an entry without a name.
+    """
+    if not tools:
+        return None
+    entries = tools if isinstance(tools, Sequence) else [None]
+    found = []
+    for tool in entries:
+        function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            wanted = 'a list such as [{"type": "function", "function": {"name": "...", ...}}]'
+            raise _refusal("tools has an entry without the name of a function", wanted)
+        found.append({"type": "function", "function": dict(function)})
+    return found
+
+
+def split_thought(answer: str) -> tuple[str, str]:
+    """(what the model thought, what it said) of an answer; the thought is empty without one.
+
+    >>> split_thought("<|channel>thought\\nA list? Easy.\\n<channel|>It holds values.")
+    ('A list? Easy.', 'It holds values.')
+    """
+    texts: dict[bool, str] = {True: "", False: ""}
+    for is_thought, text in mark_thoughts([answer]):
+        texts[is_thought] += text
+    return texts[True].strip(), texts[False].strip()
+
+
+def mark_thoughts(pieces: Iterable[str]) -> Iterator[tuple[bool, str]]:
+    """(whether it is thought, text) of an answer's pieces, without the markers of thoughts."""
+    is_thought = in_name = False  # a channel begins with a line that names it
+    for piece in pieces:
+        for part in _CHANNEL.split(piece):
+            if part in (_OPEN, _CLOSE):
+                is_thought = in_name = part == _OPEN
+                continue
+            if in_name:
+                _, end, part = part.partition("\n")
+                in_name = not end
+            if part:
+                yield is_thought, part
+
+
+def _message(given: Any, number: int) -> dict[str, Any]:
+    role = given.get("role") if isinstance(given, Mapping) else None
+    if role not in _ROLES:
+        found = f"message {number} has {f'the role {role!r}' if role else 'no role'}"
+        raise _refusal(found, "a role of " + ", ".join(_ROLES))
+    message = {key: value for key, value in given.items() if value is not None}
+    message["content"] = _text(message.get("content", ""), number)
+    if role == "user" and not message["content"].strip():
+        raise _refusal(f"message {number} (user) is empty", "a question")
+    if "reasoning" in message:
+        message.setdefault("reasoning_content", message["reasoning"])
+    if calls := message.get("tool_calls"):
+        calls = calls if isinstance(calls, Sequence) else [calls]
+        message["tool_calls"] = [_call(call, number) for call in calls]
+    return message
+
+
+def _text(content: Any, number: int) -> str:
+    """Text, or the text of parts of which none is an image or audio."""
+    parts = [{"text": content}] if isinstance(content, str) else content
+    if isinstance(parts, Sequence) and all(isinstance(part, Mapping) for part in parts):
+        texts = [part.get("text") for part in parts if part.get("type", "text") in _TEXT_PARTS]
+        if len(texts) == len(parts) and all(isinstance(text, str) for text in texts):
+            return "".join(map(str, texts))
+    raise _refusal(f"message {number} has content other than text", "text: answers are of text")
+
+
+def _call(call: Any, number: int) -> dict[str, Any]:
+    try:
+        function = dict(call["function"])
+        arguments = function.get("arguments") or {}
+        function["arguments"] = json.loads(arguments) if isinstance(arguments, str) else arguments
+        if isinstance(function["name"], str) and isinstance(function["arguments"], Mapping):
+            return {**call, "function": function}
+    except (KeyError, TypeError, ValueError, RecursionError):
+        pass
+    wanted = '{"type": "function", "function": {"name": "...", "arguments": {...}}}'
+    raise _refusal(f"message {number} has a tool call that is none", wanted)
+
+
+def _refusal(found: str, wanted: str) -> ConfigError:
+    return ConfigError(found, wanted=wanted, do="change the prompt")
