@@ -75,6 +75,8 @@ def ours(messages: list[dict], tools: list[dict]) -> list[Piece]:
     return pieces
 
 
+EMPTY_THOUGHT = "<|channel>thought\n<channel|>"
+
 # The larger members open the answer that is asked for with an empty thought.
 EMPTY_THOUGHT_PROMPT = CHAT_TEMPLATE.replace(
     "{{- '<|turn>model\\n' -}}", "{{- '<|turn>model\\n<|channel>thought\\n<channel|>' -}}"

@@ -52,6 +52,7 @@ class Facts:
         shapes: rows by the shape they were written in.
         skipped, truncated: examples over max_seq_length, left out or cut.
         bad, bad_rows: rows that cannot be used, and what was wrong with the first of them.
+        prompts: how the first example's prompt and the generation prompt differ, "" if not.
         notes: what else is to be told, by sentence.
     """
 
@@ -60,13 +61,14 @@ class Facts:
     truncated: int = 0
     bad: int = 0
     bad_rows: list[str] = field(default_factory=list)
+    prompts: list[str] = field(default_factory=list)
     notes: Counter[str] = field(default_factory=Counter)
 
     def add(self, other: Facts) -> None:
         """Count another part's facts too."""
         for name, value in vars(other).items():
             setattr(self, name, getattr(self, name) + value)
-        self.bad_rows = self.bad_rows[:_LISTED]
+        self.bad_rows, self.prompts = self.bad_rows[:_LISTED], self.prompts[:1]
 
 
 @dataclass(frozen=True)

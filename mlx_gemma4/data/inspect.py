@@ -59,6 +59,7 @@ def of_splits(
         "bad": facts.bad,
         "bad_rows": list(facts.bad_rows),
         "notes": dict(facts.notes),
+        "prompts": next(iter(facts.prompts), ""),
         "splits": {name: _of_split(part, kinds[name]) for name, part in splits.items()},
         "across_splits": {
             f"{a} and {b}": len(np.intersect1d(kinds[a], kinds[b], assume_unique=True))
@@ -145,6 +146,7 @@ def report(figures: dict[str, Any]) -> str:
     steps = f"{epoch['batches']:,} steps of {epoch['batch_size']}"
     what = "packed rows" if epoch["packed"] else "examples"
     lines.append(f"  an epoch: {steps} {what}, {epoch['padding']:.1%} padding")
+    lines += [f"  {figures['prompts']}"] * bool(figures["prompts"])
     return "\n".join(lines)
 
 

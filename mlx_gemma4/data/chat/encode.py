@@ -1,8 +1,8 @@
 """Rows -> token ids and loss masks, through the model's own chat template.
 
 The tokens are those of `apply_chat_template` (render.py). What the model says in them is read from
-the markers around its turns, and held against the row (spans.py). Nothing is derived from a
-prompt's length: larger members put an empty thought into the generation prompt alone.
+the markers around its turns, and held against the row (spans.py). An answer then begins as the
+generation prompt begins it (prompt.py).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from ..example import Example, Facts, Store, origin_of
 from ..read.records import Raw, located, row_error
 from . import spans
 from .formats import row_of
+from .prompt import opening, prompt_difference
 from .render import Rendering, render
 from .spans import MARKERS, TURN, Mark, Span
 
@@ -77,6 +78,11 @@ def encode_chunk(task: Task, chunk: Chunk) -> Store:
         except DataError as error:
             errors[i] = error
             continue
+        if rendering.messages and not facts.prompts:
+            told = prompt_difference(rendering, example, task.tokenizer, encoder.tokenize)
+            if told and config.answer_start == "template":
+                told += "; answer_start: prompt makes them agree"
+            facts.prompts = [told]
         facts.shapes[rendering.row.shape] += 1
         if fitted is None:
             facts.skipped += 1
@@ -122,6 +128,8 @@ class Encoder:
         tokenizer, config = task.tokenizer, task.config
         self._tokenizer = tokenizer
         self._train_on, self._thinking = config.train_on, config.thinking
+        self._opens = config.answer_start == "prompt"
+        self._openings: dict[Any, np.ndarray] = {}
         self.ends = tokenizer.bos_token, tokenizer.eos_token  # it takes its time to give them
         self._bos_id, unknown = tokenizer.bos_token_id, tokenizer.unk_token_id
         ids = {marker: tokenizer.convert_tokens_to_ids(marker) for marker in MARKERS}
@@ -150,7 +158,7 @@ class Encoder:
             raise row_error(f"has {count} {bos} tokens when rendered", "one, at the start", do)
         mask, dropped = np.ones(len(tokens), bool), 0
         if rendering.messages:
-            mask, dropped = self._mask(rendering, tokens)
+            tokens, mask, dropped = self._conversation(rendering, tokens)
         told = {
             "texts of reasoning left out by the chat template": dropped,
             "texts of reasoning left out, as thinking is drop": rendering.removed,
@@ -159,8 +167,10 @@ class Encoder:
         notes.update({what: count for what, count in told.items() if count})
         return Example(tokens, mask, rendering.row.origin)
 
-    def _mask(self, rendering: Rendering, tokens: np.ndarray) -> tuple[np.ndarray, int]:
-        """The loss mask, and how many texts of reasoning the template left out."""
+    def _conversation(
+        self, rendering: Rendering, tokens: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, int]:
+        """Tokens, loss mask, and how many texts of reasoning the template left out."""
         marks = [m for m in self._locate(rendering.text, tokens) if m.char not in rendering.quoted]
         turns = spans.model_turns(rendering.text, marks, len(tokens), len(self._header))
         may_train, dropped = spans.check_against_row(rendering.messages, turns)
@@ -181,7 +191,26 @@ class Encoder:
             mask[span.first : span.last] = False
         if not mask[1:].any():
             raise row_error("has no target token", "an assistant turn to learn")
-        return mask, dropped
+        return *self._begun(rendering, turns, tokens, mask), dropped
+
+    def _begun(
+        self, rendering: Rendering, turns: list[list[Span]], tokens: np.ndarray, mask: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and mask in which trained answers begin as the generation prompt begins them.
+
+        The empty thought that it writes is context. A turn that has a thought keeps its own.
+        """
+        if not self._opens:
+            return tokens, mask
+        key = repr([*rendering.options.items()][1:]), bool(rendering.row.tools)
+        if key not in self._openings:
+            text = opening(self._tokenizer, rendering.options)
+            self._openings[key] = self.tokenize([text])[0]
+        ids = self._openings[key]
+        starts = [turn[0].first for turn in turns if turn and turn[0].kind != "thought"]
+        places = [start for start in starts if mask[start]]
+        where = np.repeat(np.array(places, int), len(ids))
+        return np.insert(tokens, where, np.tile(ids, len(places))), np.insert(mask, where, False)
 
     def _chosen(self, turns: list[list[Span]], text: str, marks: list[Mark]) -> Iterable[Span]:
         """The spans of the model turns that `train_on` names."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain
 from typing import Any
@@ -31,6 +31,7 @@ class Rendering:
 
     Attributes:
         messages: what the template was given; empty for a text row.
+        options: what it was told besides.
         quoted: where in the text markers stand that are the row's own, and open or end no turn.
         generated: the template's mask (T) of `{% generation %}`, if it has that.
         removed: texts of reasoning that the template was not given.
@@ -39,6 +40,7 @@ class Rendering:
     row: Row
     text: str
     messages: Sequence[dict[str, Any]] = ()
+    options: dict[str, Any] = field(default_factory=dict)
     quoted: frozenset[int] = frozenset()
     generated: Sequence[int] | None = None
     removed: int = 0
@@ -71,24 +73,26 @@ def render(row: Row, tokenizer: Any, thinking: str, ends: tuple[str, str]) -> Re
     kept = [] if thinking == "drop" else thoughts
     tools = list(row.tools) or None
     for thinks in ({"enable_thinking": True}, {}) if kept else ({},):
-        options: dict[str, Any] = {"tools": tools, "tokenize": False, **thinks}
-        text = _apply(tokenizer, messages, options)
+        options: dict[str, Any] = {"tools": tools, **thinks}
+        text = apply_template(tokenizer, messages, options)
         quoted = _quoted_markers(tokenizer, messages, options, text)
         if kept and _shows(text, quoted, kept):
             break
     _require_all(row, text, quoted)
     generated = None
     if _marks_generation(tokenizer.get_chat_template(None, tools)):
-        options |= {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
-        generated = _apply(tokenizer, messages, options)["assistant_masks"]
-    return Rendering(row, text, messages, quoted, generated, len(thoughts) - len(kept))
+        how = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+        generated = apply_template(tokenizer, messages, options | how)["assistant_masks"]
+    removed = len(thoughts) - len(kept)
+    return Rendering(row, text, messages, options, quoted, generated, removed)
 
 
-def _apply(tokenizer: Any, messages: Any, options: dict[str, Any]) -> Any:
+def apply_template(tokenizer: Any, messages: Any, options: dict[str, Any]) -> Any:
+    """What the chat template makes of messages, by default a text; a DataError says why not."""
     from jinja2 import TemplateError
 
     try:
-        return tokenizer.apply_chat_template(messages, **options)
+        return tokenizer.apply_chat_template(messages, **({"tokenize": False} | options))
     except (TemplateError, *_ERRORS) as error:  # of Jinja, and of Python within the template
         found = f"is refused by the model's chat template: {error}"
         raise row_error(found, "roles and fields as the template allows them") from None
@@ -147,7 +151,7 @@ def _quoted_markers(
     if not any(MARKER.search(string) for string in _strings([others, options["tools"]])):
         return frozenset()
     letters = [turn if turn["role"] == "assistant" else _neutralised(turn) for turn in messages]
-    plain = _apply(tokenizer, letters, options | {"tools": _neutralised(options["tools"])})
+    plain = apply_template(tokenizer, letters, options | {"tools": _neutralised(options["tools"])})
     left = {mark.char for mark in find_marks(plain)}
     marks = find_marks(text)
     if len(plain) != len(text) or not left <= {mark.char for mark in marks}:
