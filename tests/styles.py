@@ -109,7 +109,7 @@ STRIPS_EARLIER_THOUGHTS = """\
 
 
 def strips(messages: list[dict], tools: list[dict]) -> list[Piece]:
-    """A turn for each message, nothing trimmed, thoughts only after the last question."""
+    """A turn for each message, nothing trimmed; its own thoughts follow the last question."""
     asked = max((i for i, turn in enumerate(messages) if turn["role"] == "user"), default=-1)
     pieces: list[Piece] = [("<bos>", None)]
     for tool in tools:
@@ -122,6 +122,9 @@ def strips(messages: list[dict], tools: list[dict]) -> list[Piece]:
         pieces.append(("<|turn>model\n", None))
         if turn.get("reasoning") and i > asked:
             pieces.append((f"<|channel>thought\n{turn['reasoning']}<channel|>", "thought"))
+        elif turn.get("reasoning"):
+            thought = f"<|channel>thought\n{turn['reasoning'].strip()}\n<channel|>"
+            pieces.append((thought, "put in"))
         for one in turn.get("tool_calls", ()):
             written = json.dumps(one["function"], ensure_ascii=False)
             pieces.append((f"<|tool_call>{written}<tool_call|>", "call"))

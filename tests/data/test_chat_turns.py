@@ -25,7 +25,6 @@ AGENT = (
     {"role": "user", "content": "Thanks. And 2 + 2?"},
     {"role": "assistant", "content": "It is 4.", "reasoning": "Easy."},
 )
-DROPPED = "texts of reasoning left out by the chat template"
 REMOVED = "texts of reasoning left out, as thinking is drop"
 
 
@@ -159,41 +158,6 @@ def test_a_thought_within_the_text_is_a_thought(tokenizer):
     assert learned(inline, tokenizer, thinking="drop") == "It is 4.<turn|>"
     dropped = encode(inline, tokenizer, "assistant", "drop")
     assert "Easy" not in tokenizer.decode(dropped.tokens)
-
-
-def test_thoughts_that_the_template_strips_are_counted(tokenizer):
-    tokenizer.chat_template = STRIPS_EARLIER_THOUGHTS
-    notes = Counter()
-    text = learned(row(*AGENT), tokenizer, notes=notes)
-    assert "Easy." in text and "I add." not in text and "Done." not in text
-    assert notes == {DROPPED: 2}
-
-
-def test_a_thought_within_the_text_that_the_template_strips_is_counted(tokenizer):
-    tokenizer.chat_template = STRIPS_EARLIER_THOUGHTS.replace(
-        "{{- m.content +", "{{- (m.content.split('<channel|>') | last) +"
-    )
-    said = {"role": "assistant", "content": "<|channel>thought\nEasy.\n<channel|>It is 4."}
-    notes = Counter()
-    assert learned(row(AGENT[4], said), tokenizer, notes=notes) == "It is 4.<turn|>"
-    assert notes == {DROPPED: 1}
-
-
-def test_thinking_is_asked_for_only_where_a_thought_is_shown(tokenizer):
-    shows = "{%- if enable_thinking -%}{{- '<|turn>system\\n<|think|><turn|>\\n' -}}{%- endif -%}"
-    without = STRIPS_EARLIER_THOUGHTS.replace("if m.reasoning and", "if m.nothing and")
-    # A thought that is also a word of the answer is not thereby shown.
-    agent = [{**turn, "reasoning": "It"} if "reasoning" in turn else turn for turn in AGENT]
-    for template, asked in ((STRIPS_EARLIER_THOUGHTS, True), (without, False)):
-        tokenizer.chat_template = template.replace("{{- bos_token -}}", "{{- bos_token -}}" + shows)
-        notes = Counter()
-        example = encode(row(*agent), tokenizer, "assistant", notes=notes)
-        assert ("<|think|>" in tokenizer.decode(example.tokens)) == asked
-        assert notes == {DROPPED: 2 if asked else 3}
-    plain = encode(
-        row({"role": "user", "content": "a"}, AGENT[5] | {"reasoning": ""}), tokenizer, "all"
-    )
-    assert "<|think|>" not in tokenizer.decode(plain.tokens)
 
 
 def test_a_thought_after_a_result_that_holds_a_marker_is_shown(tokenizer):

@@ -8,7 +8,7 @@ generation prompt begins it (prompt.py).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -156,11 +156,11 @@ class Encoder:
         if count != 1 or tokens[0] != self._bos_id:
             do = f"remove {bos} from the row's text" if count else "use Gemma 4's template"
             raise row_error(f"has {count} {bos} tokens when rendered", "one, at the start", do)
-        mask, dropped = np.ones(len(tokens), bool), 0
+        mask = np.ones(len(tokens), bool)
         if rendering.messages:
-            tokens, mask, dropped = self._conversation(rendering, tokens)
+            tokens, mask = self._conversation(rendering, tokens)
         told = {
-            "texts of reasoning left out by the chat template": dropped,
+            "answers that begin with <think>, which was read as reasoning": rendering.tagged,
             "texts of reasoning left out, as thinking is drop": rendering.removed,
             "rows with markers of the chat template in their own text": int(bool(rendering.quoted)),
         }
@@ -169,20 +169,13 @@ class Encoder:
 
     def _conversation(
         self, rendering: Rendering, tokens: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, int]:
-        """Tokens, loss mask, and how many texts of reasoning the template left out."""
-        marks = [m for m in self._locate(rendering.text, tokens) if m.char not in rendering.quoted]
-        turns = spans.model_turns(rendering.text, marks, len(tokens), len(self._header))
-        may_train, dropped = spans.check_against_row(rendering.messages, turns)
-        silent = [
-            span
-            for span in chain(*turns)
-            if span.kind == "thought" and (self._thinking == "mask" or not span.text)
-        ]
-        if rendering.generated is not None:
-            spans.check_against_generation(
-                tokens, turns, silent, rendering.generated, self._tokenizer
-            )
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and loss mask of a conversation."""
+        marks, turns = self._turns(rendering.text, rendering.quoted, tokens)
+        may_train = spans.check_against_row(rendering.messages, turns)
+        if rendering.generated:
+            self._check_generated(*rendering.generated)
+        silent = self._silent(turns)
         mask = np.full(len(tokens), self._train_on == "all")
         for span in self._chosen(turns, rendering.text, marks):
             mask[span.first : span.last] |= span.kind != "response"
@@ -191,7 +184,26 @@ class Encoder:
             mask[span.first : span.last] = False
         if not mask[1:].any():
             raise row_error("has no target token", "an assistant turn to learn")
-        return *self._begun(rendering, turns, tokens, mask), dropped
+        return self._begun(rendering, turns, tokens, mask)
+
+    def _turns(
+        self, text: str, quoted: frozenset[int], tokens: np.ndarray
+    ) -> tuple[list[Mark], list[list[Span]]]:
+        """The markers of a text that decide who speaks, and the model's turns."""
+        marks = [mark for mark in self._locate(text, tokens) if mark.char not in quoted]
+        return marks, spans.model_turns(text, marks, len(tokens), len(self._header))
+
+    def _silent(self, turns: list[list[Span]]) -> list[Span]:
+        """Thoughts that are no target."""
+        thoughts = (span for span in chain(*turns) if span.kind == "thought")
+        return [span for span in thoughts if self._thinking == "mask" or not span.text]
+
+    def _check_generated(self, text: str, quoted: frozenset[int], generated: Sequence[int]) -> None:
+        """Hold a template's own rendering against what it marks as generated."""
+        [tokens] = self.tokenize([text])
+        _, turns = self._turns(text, quoted, tokens)
+        silent = self._silent(turns)
+        spans.check_against_generation(tokens, turns, silent, generated, self._tokenizer)
 
     def _begun(
         self, rendering: Rendering, turns: list[list[Span]], tokens: np.ndarray, mask: np.ndarray
