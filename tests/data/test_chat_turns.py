@@ -245,13 +245,15 @@ def test_an_error_stands_in_its_rows_place_and_counts_nothing(tokenizer):
     assert not len(encode_together([], tokenizer, "assistant")[0])
 
 
-def test_the_first_bad_row_is_told_whatever_step_it_fails_in(tokenizer):
+def test_the_first_bad_row_is_told_first_whatever_step_it_fails_in(tokenizer):
     """Rows are rendered before any is tokenized: a later row fails first."""
     late = row({"role": "user", "content": "a"})  # no target: seen after tokenizing
     early = row({"role": "user", "content": "<bos>"}, {"role": "assistant", "content": "<turn|>"})
     for rows in ([row(*AGENT[4:]), late, early], [row(*AGENT[4:]), early, late]):
-        with pytest.raises(DataError, match=r"rows\[1\]"):
-            encode_together(rows, tokenizer, "assistant", on_bad_row="error")
+        _, facts = encode_together(rows, tokenizer, "assistant", on_bad_row="error")
+        assert [told.split(":")[0] for told in facts.bad_rows] == ["rows[1]", "rows[2]"]
+        remedy = "mend or remove the line" if rows[1] is late else "remove the markers"
+        assert facts.remedy[1].startswith(remedy)
 
 
 def test_workers_can_encode(tokenizer):

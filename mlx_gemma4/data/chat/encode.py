@@ -51,11 +51,7 @@ class Chunk:
 
 
 def encode_chunk(task: Task, chunk: Chunk) -> Store:
-    """The examples of some rows, tokenized in one call.
-
-    Raises:
-        DataError: the first row that cannot be used, unless such rows are to be skipped.
-    """
+    """The examples of some rows, tokenized in one call; rows that cannot be used are facts."""
     config, facts, encoder = task.config, Facts(), Encoder(task)
     errors: dict[int, DataError] = {}
     rendered: dict[int, Rendering] = {}
@@ -66,8 +62,6 @@ def encode_chunk(task: Task, chunk: Chunk) -> Store:
                 rendered[i] = render(row, task.tokenizer, config.thinking, encoder.ends)
         except DataError as error:
             errors[i] = error
-            if config.on_bad_row == "error":
-                break  # a row before it may still fail below
     tokens = encoder.tokenize([rendering.text for rendering in rendered.values()])
     examples: dict[int, Example] = {}
     for (i, rendering), ids in zip(rendered.items(), tokens):
@@ -84,16 +78,24 @@ def encode_chunk(task: Task, chunk: Chunk) -> Store:
                 told += "; answer_start: prompt makes them agree"
             facts.prompts = [told]
         facts.shapes[rendering.row.shape] += 1
+        if any(map(_is_empty, rendering.messages)):
+            facts.add(Facts(empty=1, empty_rows=[example.origin]))
         if fitted is None:
             facts.skipped += 1
         else:
             facts.truncated += fitted is not example
             examples[i] = fitted
-    if errors and config.on_bad_row == "error":
-        raise errors[min(errors)]
-    facts.add(Facts(bad=len(errors), bad_rows=[errors[i].found for i in sorted(errors)]))
+    bad = [errors[i] for i in sorted(errors)]
+    remedy = [bad[0].wanted, bad[0].do] if bad else []
+    facts.add(Facts(bad=len(bad), bad_rows=[error.found for error in bad], remedy=remedy))
     numbers = [chunk.rows[i][0] for i in examples]
     return Store.of([*examples.values()], numbers, facts, chunk.place)
+
+
+def _is_empty(turn: dict[str, Any]) -> bool:
+    """Whether a turn is a learned answer that says nothing and calls nothing."""
+    is_learned = turn["role"] == "assistant" and turn.get("train", True)
+    return is_learned and not turn["content"].strip() and not turn.get("tool_calls")
 
 
 def _fit(example: Example, task: Task) -> Example | None:

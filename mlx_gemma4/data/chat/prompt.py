@@ -47,7 +47,7 @@ def prompt_difference(
     answer: the template's generation prompt for the turns before it.
     """
     turns = rendering.messages
-    answers = [i for i, turn in enumerate(turns) if i and turn["role"] == "assistant"]
+    answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
     try:
         texts = [_prompt(tokenizer, turns[:i], rendering.options) for i in answers]
     except DataError:  # a template may refuse the beginning of a conversation

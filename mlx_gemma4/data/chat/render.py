@@ -118,7 +118,8 @@ def apply_template(tokenizer: Any, messages: Any, options: dict[str, Any]) -> An
         return tokenizer.apply_chat_template(messages, **({"tokenize": False} | options))
     except (TemplateError, *_ERRORS) as error:  # of Jinja, and of Python within the template
         found = f"is refused by the model's chat template: {error}"
-        raise row_error(found, "roles and fields as the template allows them") from None
+        do = "mend the row, such as turns of one speaker that follow each other, or remove it"
+        raise row_error(found, "roles and fields as the template allows them", do) from None
 
 
 def _for_template(turn: Turn) -> Turn:
@@ -190,12 +191,14 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def _require_all(row: Row, text: str, quoted: frozenset[int]) -> None:
-    """System text, questions and tools must be there; answers are held against the text later."""
-    lost = [
-        f"turn {number} ({turn['role']})"
-        for number, turn in enumerate(row.messages, 1)
-        if turn["role"] in ("system", "user") and turn["content"].strip() not in text
-    ]
+    """System text, questions and tools must be there, in order; answers are checked later."""
+    lost, at = [], 0
+    for number, turn in enumerate(row.messages, 1):
+        if turn["role"] in ("system", "user"):
+            said = turn["content"].strip()
+            place = text.find(said, at)
+            lost += [f"turn {number} ({turn['role']})"] * (place < 0)
+            at = max(at, place + len(said))
     if row.tools:
         for char in quoted:
             text = text[:char] + " " + text[char + 1 :]
