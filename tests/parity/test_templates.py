@@ -15,6 +15,7 @@ from helpers import encode
 from styles import EMPTY_THOUGHT, call
 
 from mlx_gemma4.data.chat.formats import Row
+from mlx_gemma4.errors import DataError
 from mlx_gemma4.model.tokenizer import load_tokenizer
 
 WHEEL = {
@@ -216,6 +217,28 @@ def test_reasoning_in_the_text_is_the_same_reasoning(template, tokenizer, how):
     within = (SYSTEM, ASKED, {**SAYS, "content": how + SAYS["content"]}, AGAIN, FOUR)
     a, b = (encode(row(messages), tokenizer, "assistant") for messages in (field, within))
     assert a.tokens.tolist() == b.tokens.tolist() and a.mask.tolist() == b.mask.tolist()
+
+
+def test_reasoning_within_an_answer_that_the_templates_take_out_is_refused(template, tokenizer):
+    within = (ASKED, {**SAYS, "content": f"It {thought({'reasoning': 'Hm.'})}is 3."})
+    for how in ("keep", "mask"):
+        with pytest.raises(DataError, match="leaves out 1 texts of reasoning") as error:
+            encode(row(within), tokenizer, "assistant", how)
+        assert error.value.do.startswith("set thinking to drop")
+    assert learned(encode(row(within), tokenizer, "assistant", "drop"), tokenizer) == [
+        "It is 3.<turn|>"
+    ]
+
+
+@pytest.mark.parametrize("order", ["the answer first", "two questions"])
+def test_odd_orders_of_turns_are_the_templates_too(template, tokenizer, order):
+    messages = (SAYS, ASKED, FOUR) if order == "the answer first" else (ASKED, AGAIN, FOUR)
+    for thinks in (False, True):
+        example = encode(row(thinking(messages) if thinks else messages), tokenizer, "assistant")
+        text = tokenizer.decode(example.tokens).replace(EMPTY_THOUGHT, "")
+        for turn in thinking(messages):
+            text = text.replace(thought(turn), "")
+        assert text == tokenizer.decode(own(tokenizer, messages, (), thinks, prompt=False))
 
 
 @pytest.mark.parametrize("how", ["mask", "drop"])

@@ -19,7 +19,7 @@ from .spans import TURN, spans_of
 
 _OPENER = TURN + "model\n"
 _ANY = ({"role": "user", "content": "Hello"},)
-_SHOWN = 12  # tokens of a prompt's end
+_SHOWN = 80  # characters of a prompt's end, at most
 
 
 def opening(tokenizer: Any, options: dict[str, Any]) -> str:
@@ -57,13 +57,11 @@ def prompt_difference(
     if not prompts or any(first <= n == len(prompt) for n, prompt in zip(common, prompts)):
         return ""
     prompt = prompts[int(np.argmax(common))]
-    learned, given = (
-        repr("..." + tokenizer.decode(ids[-_SHOWN:]))
-        for ids in (example.tokens[: first or len(prompt)], prompt)
-    )
+    texts = [tokenizer.decode(ids) for ids in (example.tokens[: first or len(prompt)], prompt)]
+    learned, given = ("..." + text[text.rfind(TURN) :][-_SHOWN:] for text in texts)
     return (
-        f"{example.origin}: an answer is learned after {learned}, "
-        f"and the generation prompt ends in {given}"
+        f"{example.origin}: an answer is learned after {learned!r}, "
+        f"and the generation prompt ends in {given!r}"
     )
 
 
