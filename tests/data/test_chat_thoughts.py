@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 from helpers import encode
-from styles import MARKS_GENERATION, STRIPS_EARLIER_THOUGHTS
+from styles import MARKS_GENERATION, SHOWS_NONE, STRIPS_EARLIER_THOUGHTS
 
 import mlx_gemma4 as g4
 from mlx_gemma4.data.chat.formats import Row
@@ -24,15 +24,6 @@ AGENT = (
     {"role": "user", "content": "And 2 + 2?"},
     {"role": "assistant", "content": "It is 4.", "reasoning": "Easy."},
 )
-# As the released templates have it: calls, results, then the text without the channels in it; no
-# thought is written at all.
-THOUGHT = "{{- '<|channel>thought\\n' + message['reasoning_content'] | trim + '\\n<channel|>' -}}"
-CONTENT = "{{- message['content'] | trim -}}\n"
-SHOWS_NONE = CHAT_TEMPLATE.replace(THOUGHT, "").replace(CONTENT, "").replace(
-    "{%- if message['tool_calls'] and not follows",
-    "{{- (message['content'].split('<channel|>') | last) | trim -}}\n"
-    "{%- if message['tool_calls'] and not follows",
-)  # fmt: skip
 TAGGED = "answers that begin with <think>, which was read as reasoning"
 
 
@@ -139,7 +130,7 @@ def test_a_thought_within_the_text_is_kept_where_it_begins_the_answer(tokenizer)
 
 def test_a_thought_that_cannot_be_kept_names_the_remedy(tokenizer):
     tokenizer.chat_template = CHAT_TEMPLATE.replace(
-        CONTENT,
+        "{{- message['content'] | trim -}}\n",
         "{%- set parts = message['content'].split('<|channel>thought\\nb<channel|>') -%}\n"
         "{{- parts | join('') | trim -}}\n",
     )
