@@ -21,7 +21,8 @@ TWO := -n 2 --dist loadfile
 # gate, the forward and its gradients, LoRA layers, chat templates, the proofs of exports, and
 # answers after a training run (tests/model/test_generation.py).
 OLDEST := tests/model tests/nn tests/lora tests/train/test_step.py tests/train/test_optim.py \
-	tests/data/test_chat.py tests/export/test_export.py tests/export/test_export_verify.py
+	tests/data/test_chat.py tests/data/test_chat_prompts.py tests/data/test_chat_thoughts.py \
+	tests/export/test_export.py tests/export/test_export_verify.py
 
 .PHONY: demo test legacy parity verify-gguf bench lint clean
 

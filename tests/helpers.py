@@ -162,9 +162,11 @@ def as_others_load_it(source: Path, folder: Path, audio: bool = False) -> Path:
     return folder
 
 
-def encode(row: Row, tokenizer, train_on: str, thinking: str = "keep", notes=None) -> Example:
+def encode(
+    row: Row, tokenizer, train_on: str, thinking: str = "keep", notes=None, answer_start="prompt"
+) -> Example:
     """One row as an example, by the steps that `encode_chunk` takes for many."""
-    config = g4.DataConfig(train_on=train_on, thinking=thinking)
+    config = g4.DataConfig(train_on=train_on, thinking=thinking, answer_start=answer_start)
     encoder = Encoder(Task(tokenizer, len(tokenizer), config))
     with located(row.origin):
         rendering = render(row, tokenizer, thinking, encoder.ends)

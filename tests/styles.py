@@ -37,7 +37,7 @@ def call(tool_call: dict) -> str:
 # ---------------------------------------------------------------- ours
 
 
-def ours(messages: list[dict], tools: list[dict]) -> list[Piece]:
+def ours(messages: list[dict], tools: list[dict], calls_first: bool = False) -> list[Piece]:
     """Tool results within the model's turn, thoughts of all turns, text before calls."""
     thinks = any(turn.get("reasoning") for turn in messages)
     pieces: list[Piece] = [("<bos>", None)]
@@ -56,8 +56,10 @@ def ours(messages: list[dict], tools: list[dict]) -> list[Piece]:
         if turn["role"] == "user":
             pieces.append((f"<|turn>user\n{turn['content'].strip()}<turn|>\n", None))
         elif turn["role"] == "tool":
-            opener = "<|tool_response>"
-            pieces.append((opener, "end" if before == "assistant" else None))
+            follows_call = before == "assistant" and not (
+                calls_first and turns[i - 1]["content"].strip()
+            )
+            pieces.append(("<|tool_response>", "end" if follows_call else None))
             text = f"response:{turn['name']}{{value:{value(turn['content'])}}}<tool_response|>"
             pieces.append((text + "<turn|>\n" * (after == "user"), None))
         else:
@@ -65,9 +67,10 @@ def ours(messages: list[dict], tools: list[dict]) -> list[Piece]:
                 pieces.append(("<|turn>model\n", None))
             if turn.get("reasoning"):
                 thought = f"<|channel>thought\n{turn['reasoning'].strip()}\n<channel|>"
-                pieces.append((thought, "thought"))
-            pieces.append((turn["content"].strip(), "text"))
-            pieces += [(call(one), "call") for one in turn.get("tool_calls", ())]
+                pieces.append((thought, "put in" if calls_first else "thought"))
+            text = [(turn["content"].strip(), "text")]
+            calls = [(call(one), "call") for one in turn.get("tool_calls", ())]
+            pieces += calls + text if calls_first else text + calls
             if turn.get("tool_calls") and not after:
                 pieces.append(("<|tool_response>", "end"))
             elif after != "tool":
@@ -75,11 +78,31 @@ def ours(messages: list[dict], tools: list[dict]) -> list[Piece]:
     return pieces
 
 
+EMPTY_THOUGHT = "<|channel>thought\n<channel|>"
+
 # The larger members open the answer that is asked for with an empty thought.
 EMPTY_THOUGHT_PROMPT = CHAT_TEMPLATE.replace(
     "{{- '<|turn>model\\n' -}}", "{{- '<|turn>model\\n<|channel>thought\\n<channel|>' -}}"
 )
 assert EMPTY_THOUGHT_PROMPT != CHAT_TEMPLATE
+
+
+# As the released templates have it: calls, results, then the text without the channels in it. No
+# thought is written at all.
+_THOUGHT = "{{- '<|channel>thought\\n' + message['reasoning_content'] | trim + '\\n<channel|>' -}}"
+_CONTENT = "{{- message['content'] | trim -}}\n"
+_AFTER_CALLS = "{%- if message['tool_calls'] and not follows"
+assert all(CHAT_TEMPLATE.count(part) == 1 for part in (_THOUGHT, _CONTENT, _AFTER_CALLS))
+SHOWS_NONE = CHAT_TEMPLATE.replace(_THOUGHT, "").replace(_CONTENT, "").replace(
+    _AFTER_CALLS,
+    "{{- (message['content'].split('<channel|>') | last if message['role'] == 'assistant' "
+    "else message['content']) | trim -}}\n" + _AFTER_CALLS,
+)  # fmt: skip
+
+
+def shows_none(messages: list[dict], tools: list[dict]) -> list[Piece]:
+    """As ours, and calls stand before the text; every thought is put in, before both."""
+    return ours(messages, tools, calls_first=True)
 
 
 # ---------------------------------------------------------------- earlier thoughts are stripped
@@ -107,7 +130,7 @@ STRIPS_EARLIER_THOUGHTS = """\
 
 
 def strips(messages: list[dict], tools: list[dict]) -> list[Piece]:
-    """A turn for each message, nothing trimmed, thoughts only after the last question."""
+    """A turn for each message, nothing trimmed; its own thoughts follow the last question."""
     asked = max((i for i, turn in enumerate(messages) if turn["role"] == "user"), default=-1)
     pieces: list[Piece] = [("<bos>", None)]
     for tool in tools:
@@ -120,6 +143,9 @@ def strips(messages: list[dict], tools: list[dict]) -> list[Piece]:
         pieces.append(("<|turn>model\n", None))
         if turn.get("reasoning") and i > asked:
             pieces.append((f"<|channel>thought\n{turn['reasoning']}<channel|>", "thought"))
+        elif turn.get("reasoning"):
+            thought = f"<|channel>thought\n{turn['reasoning'].strip()}\n<channel|>"
+            pieces.append((thought, "put in"))
         for one in turn.get("tool_calls", ()):
             written = json.dumps(one["function"], ensure_ascii=False)
             pieces.append((f"<|tool_call>{written}<tool_call|>", "call"))
@@ -180,6 +206,7 @@ def marks(messages: list[dict], tools: list[dict]) -> list[Piece]:
 STYLES = {
     "ours": Style(CHAT_TEMPLATE, ours),
     "prompt with an empty thought": Style(EMPTY_THOUGHT_PROMPT, ours),
+    "no thoughts, calls first": Style(SHOWS_NONE, shows_none),
     "earlier thoughts stripped": Style(STRIPS_EARLIER_THOUGHTS, strips),
     "generation marked": Style(MARKS_GENERATION, marks),
 }

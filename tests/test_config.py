@@ -142,7 +142,9 @@ def test_a_number_that_yaml_takes_for_text_is_a_number(tmp_path, text):
     assert train.learning_rate == 1e-4
 
 
-@pytest.mark.parametrize("text", ["q_proj, v_proj", "q_proj v_proj", "[q_proj, v_proj]"])
+@pytest.mark.parametrize(
+    "text", ["q_proj, v_proj", "q_proj v_proj", "[q_proj, v_proj]", "['q_proj,v_proj']"]
+)
 def test_targets_in_yaml_are_a_list_or_one_line(tmp_path, text):
     *_, lora = from_yaml(tmp_path, f"lora_targets: {text}\n")
     assert lora.targets == ("q_proj", "v_proj")
@@ -163,8 +165,8 @@ def test_targets_in_yaml_are_a_list_or_one_line(tmp_path, text):
         (TrainConfig, "save_every", 0, "1 or more"),
         (DataConfig, "max_seq_length", 1, "2 or more"),
         (LoraConfig, "rank", 0, "1 or more"),
-        (LoraConfig, "alpha", -1.0, "0.0 or more"),
-        (LoraConfig, "alpha", float("nan"), "0.0 or more"),
+        (LoraConfig, "alpha", -1.0, "above 0.0"),
+        (LoraConfig, "alpha", float("nan"), "above 0.0"),
         (LoraConfig, "dropout", -0.1, "0.0 or more"),
         (LoraConfig, "dropout", 1.0, "below 1"),
         (LoraConfig, "num_layers", -2, "-1 or more"),
@@ -240,6 +242,19 @@ def test_a_flag_and_its_yaml_key_set_the_same_field(group, item, tmp_path):
     )
     assert by_flag == by_yaml[GROUPS.index(group)]
     assert by_flag != group()
+
+
+@pytest.mark.parametrize("words", [["q_proj,v_proj"], ["q_proj,", "v_proj"], ["q_proj, v_proj"]])
+def test_lists_on_the_command_line_may_have_commas(words):
+    given = vars(parser().parse_args(["--lora-targets", *words]))
+    assert build([LoraConfig], given, "flags")[0].targets == ("q_proj", "v_proj")
+
+
+def test_pairs_on_the_command_line_may_have_commas():
+    """A comma within a name stays."""
+    given = vars(parser().parse_args(["--columns", "prompt=my question,completion=b", "x=c, d"]))
+    (data,) = build([DataConfig], given, "flags")
+    assert data.columns == {"prompt": "my question", "completion": "b", "x": "c, d"}
 
 
 def test_flags_that_are_not_given_leave_no_value():

@@ -21,6 +21,11 @@ class DataConfig(Settings):
     thinking: Literal["keep", "drop", "mask"] = setting(
         "keep", "thoughts of assistant turns: learn them, leave them out, or show without learning"
     )
+    answer_start: Literal["prompt", "template"] = setting(
+        "prompt",
+        "how a learned answer begins: as the generation prompt begins it, with the empty thought "
+        "that larger models have there, or as the chat template renders it",
+    )
     max_seq_length: int = setting(2048, "the most tokens of an example", at_least=2)
     overlong: Literal["skip", "error", "truncate"] = setting(
         "skip", "what to do with an example over max_seq_length; skipping and cutting are counted"

@@ -22,7 +22,7 @@ class LoraConfig(Settings):
     dropout: float = setting(0.0, "share of its inputs dropped", prefix="lora_", at_least=0.0)
     targets: tuple[str, ...] = setting(
         ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-        "modules to adapt: short names, paths within a layer, or `experts`",
+        "modules to adapt: short names, paths within a layer, `experts`, or `all-linear`",
         prefix="lora_",
     )
     num_layers: int = setting(-1, "adapt only the last N layers; -1 is all", at_least=-1)

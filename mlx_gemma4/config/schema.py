@@ -83,6 +83,8 @@ def _coerce(value: Any, kind: Any, key: str) -> Any:
         if isinstance(value, str):
             value = value.replace(",", " ").split()
         is_list = isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value)
+        if is_list:
+            value = [part for item in value for part in _parts(item, pairs=origin is Mapping)]
         if origin is tuple and is_list:
             return tuple(value)
         if origin is Mapping and is_list and all("=" in pair for pair in value):
@@ -105,6 +107,12 @@ def _coerce(value: Any, kind: Any, key: str) -> Any:
             return value
         wanted = {bool: "true or false", int: "a whole number", str: "text"}[kind]
     raise wrong(key, repr(value), wanted)
+
+
+def _parts(item: str, pairs: bool) -> list[str]:
+    """An item of a list that may be a list with commas itself; a comma may be in a pair's value."""
+    parts = [part.strip() for part in item.split(",") if part.strip()]
+    return parts if not pairs or all("=" in part for part in parts) else [item]
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

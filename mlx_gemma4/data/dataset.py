@@ -30,6 +30,7 @@ SMALL = 8_000_000
 """Files up to this many bytes are read anew every time, in this process."""
 
 _MANY_ROWS = 20_000  # in memory: more are worth starting worker processes
+_MANY_BAD = 1000  # rows that cannot be used: more are not counted
 _CHUNK_ROWS, _CHUNK_BYTES = 1000, 1 << 20
 _BAR: dict[str, Any] = {"unit_scale": True, "disable": None, "leave": False}
 
@@ -108,7 +109,7 @@ def read(source: Input, gemma: Gemma4 | TextSide, config: DataConfig = DataConfi
         gemma: whose tokenizer and chat template are used.
 
     Raises:
-        DataError: the first row that cannot be used, by file and line; or no rows at all.
+        DataError: rows that cannot be used, the first by file and line; or no rows at all.
 
     >>> import mlx_gemma4 as g4
     >>> gemma = g4.load(tiny)
@@ -161,7 +162,7 @@ def _stores(source: Source, task: Task, workers: Workers, key: str | None) -> li
         encoded = _by_workers(source, workers)
     else:
         encoded = (encode_chunk(task, chunk) for chunk in _chunks(source))
-    stores = _require_any(encoded, source)
+    stores = _require_good(encoded, source, task.config.on_bad_row == "skip")
     if not fingerprint:
         return list(stores)
     made_of = json.dumps((key, source.place, source.label, fingerprint))
@@ -199,19 +200,35 @@ def _chunks(source: Source) -> Iterator[Chunk]:
         yield Chunk(source.place, source.folder, rows)
 
 
-def _require_any(stores: Iterable[Store], source: Source) -> Iterator[Store]:
-    """The stores, and after the last of them an error if there was no example."""
+def _require_good(stores: Iterable[Store], source: Source, skips: bool) -> Iterator[Store]:
+    """The stores; after the last an error if rows were bad and not to skip, or none was good."""
     count, facts = 0, Facts()
     for store in stores:
         count += len(store)
         facts.add(store.facts)
+        if facts.bad > _MANY_BAD and not skips:
+            break
         yield store
+    if facts.bad and not skips:
+        raise _bad_rows(facts)
     if not count:
         found, do = f"{_name_of(source)} holds no example", "fill the file"
         if facts.skipped or facts.bad:
             found += f" ({facts.skipped} were too long, {facts.bad} cannot be used)"
             do = "mend the rows, or raise max_seq_length"
         raise DataError(found, wanted="at least one row", do=do)
+
+
+def _bad_rows(facts: Facts) -> DataError:
+    """The error for rows that cannot be used: the first three, and how many there are."""
+    wanted, do = facts.remedy
+    if facts.bad == 1:
+        return DataError(facts.bad_rows[0], wanted=wanted, do=do)
+    seen = sum(facts.shapes.values()) + facts.bad
+    first = "".join(f"\n    {told.splitlines()[0]}" for told in facts.bad_rows[:3])
+    found = f"{facts.bad:,} of the {seen:,} rows read cannot be used; the first:{first}"
+    do += "; or set on_bad_row to skip"
+    return DataError(found, wanted=f"of the first: {wanted}", do=do)
 
 
 def _name_of(source: Source) -> str:

@@ -52,6 +52,9 @@ class Facts:
         shapes: rows by the shape they were written in.
         skipped, truncated: examples over max_seq_length, left out or cut.
         bad, bad_rows: rows that cannot be used, and what was wrong with the first of them.
+        remedy: what was wanted of the first bad row, and what to do.
+        empty, empty_rows: rows with an answer that is empty, and where the first of them are.
+        prompts: how the first example's prompt and the generation prompt differ, "" if not.
         notes: what else is to be told, by sentence.
     """
 
@@ -60,13 +63,18 @@ class Facts:
     truncated: int = 0
     bad: int = 0
     bad_rows: list[str] = field(default_factory=list)
+    remedy: list[str] = field(default_factory=list)
+    empty: int = 0
+    empty_rows: list[str] = field(default_factory=list)
+    prompts: list[str] = field(default_factory=list)
     notes: Counter[str] = field(default_factory=Counter)
 
     def add(self, other: Facts) -> None:
         """Count another part's facts too."""
         for name, value in vars(other).items():
             setattr(self, name, getattr(self, name) + value)
-        self.bad_rows = self.bad_rows[:_LISTED]
+        self.bad_rows, self.empty_rows = self.bad_rows[:_LISTED], self.empty_rows[:_LISTED]
+        self.remedy, self.prompts = self.remedy[:2], self.prompts[:1]
 
 
 @dataclass(frozen=True)

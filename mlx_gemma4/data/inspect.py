@@ -58,7 +58,10 @@ def of_splits(
         "truncated": facts.truncated,
         "bad": facts.bad,
         "bad_rows": list(facts.bad_rows),
+        "empty": facts.empty,
+        "empty_rows": list(facts.empty_rows),
         "notes": dict(facts.notes),
+        "prompts": next(iter(facts.prompts), ""),
         "splits": {name: _of_split(part, kinds[name]) for name, part in splits.items()},
         "across_splits": {
             f"{a} and {b}": len(np.intersect1d(kinds[a], kinds[b], assume_unique=True))
@@ -121,6 +124,9 @@ def summary(figures: dict[str, Any]) -> str:
     if figures["bad"]:
         lines.append(f"  {figures['bad']:,} that cannot be used skipped")
         lines += [f"    {reason}" for reason in figures["bad_rows"][:3]]
+    if figures["empty"]:
+        places = ", ".join(figures["empty_rows"][:3]) + ", ..." * (figures["empty"] > 3)
+        lines.append(f"  warning: {figures['empty']:,} with an empty answer: {places}")
     lines += [f"  {count:,} {note}" for note, count in sorted(figures["notes"].items())]
     return "\n".join(lines)
 
@@ -145,6 +151,7 @@ def report(figures: dict[str, Any]) -> str:
     steps = f"{epoch['batches']:,} steps of {epoch['batch_size']}"
     what = "packed rows" if epoch["packed"] else "examples"
     lines.append(f"  an epoch: {steps} {what}, {epoch['padding']:.1%} padding")
+    lines += [f"  {figures['prompts']}"] * bool(figures["prompts"])
     return "\n".join(lines)
 
 

@@ -103,12 +103,15 @@ _SHORT = {
     **{name: f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")},
     **{name: f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")},
 }
+ALL_LINEAR = "all-linear"  # PEFT's word for every module that LoRA can adapt
 EXPERTS = tuple(f"experts.switch_glu.{name}" for name in ("gate_proj", "up_proj", "down_proj"))
 
 
 def is_meant(module: Module, word: str) -> bool:
     """Whether a word of lora_targets or a pattern means a module."""
     index, path = module
+    if word == ALL_LINEAR:
+        return True
     if word == "experts":
         return path in EXPERTS
     return _SHORT.get(word, word) in (path, f"layers.{index}.{path}")

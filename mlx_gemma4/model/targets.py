@@ -14,9 +14,9 @@ def chosen_modules(config: LoraConfig, known: Collection[Module], num_layers: in
     """The modules that a config adapts, of those that LoRA can adapt in a model.
 
     A target is a short name (`q_proj` ... `down_proj`: attention and dense MLP), `experts` (the
-    three expert projections of a MoE layer), any path within a layer, or one module by its whole
-    path, `layers.3.self_attn.q_proj`. Layers that share keys and values have no k_proj and
-    v_proj; there the target is met by the other layers.
+    three expert projections of a MoE layer), `all-linear` (every module of `known`), any path
+    within a layer, or one module by its whole path, `layers.3.self_attn.q_proj`. Layers that share
+    keys and values have no k_proj and v_proj; there the target is met by the other layers.
 
     Args:
         num_layers: how many the model has.
@@ -34,7 +34,7 @@ def chosen_modules(config: LoraConfig, known: Collection[Module], num_layers: in
         if not any(is_meant(module, target) for module in known):
             raise AdapterError(
                 f"LoRA target {target!r} matches no module of the layers",
-                wanted="one of " + ", ".join(sorted({path for _, path in known})),
+                wanted="all-linear, or one of " + ", ".join(sorted({path for _, path in known})),
                 do="change lora_targets",
             )
     modules = [

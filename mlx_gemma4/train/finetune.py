@@ -82,7 +82,7 @@ def finetune(
     total = _total_steps(order, config)
     optimizer = make_optimizer(config, total, gemma.backbone.trainable_parameters())
     layers, memory, note = run_memory(gemma, data.train, config, order, optimizer, objective)
-    run = Run(gemma, [note], output=folder)
+    run = Run(gemma, [note, *filter(None, data.facts.prompts)], output=folder)
     checkpoints, progress = _checkpoints(run, data, config, optimizer, newest)
     listeners = [Console()] * console + [*callbacks]
     if folder:

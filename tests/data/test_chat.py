@@ -14,11 +14,6 @@ from mlx_gemma4.errors import DataError
 from mlx_gemma4.model.tiny import CHAT_TEMPLATE
 from mlx_gemma4.model.tokenizer import load_tokenizer
 
-# The larger members open the answer that is asked for with an empty thought.
-THINKING_TEMPLATE = CHAT_TEMPLATE.replace(
-    "{{- '<|turn>model\\n' -}}", "{{- '<|turn>model\\n<|channel>thought\\n<channel|>' -}}"
-)
-
 LONG = (
     ("system", "Be short."),
     ("user", "Open the file."),
@@ -129,20 +124,6 @@ def test_the_answer_begins_after_the_turns_opening(tokenizer):
     example = encode(chat(("user", "Hello"), ("assistant", "Hi")), tokenizer, "assistant")
     first = int(np.argmax(example.mask))
     assert tokenizer.decode(example.tokens[:first]).endswith("<turn|>\n<|turn>model\n")
-
-
-@pytest.mark.parametrize("answer", ["Hi", "The file is open."])
-def test_a_generation_prompt_that_is_no_prefix_does_not_shift_the_mask(tokenizer, answer):
-    tokenizer.chat_template = THINKING_TEMPLATE
-    row = chat(("user", "Hello"), ("assistant", answer))
-    full = tokenizer.apply_chat_template(list(row.messages), return_dict=False)
-    asked = tokenizer.apply_chat_template(
-        list(row.messages[:1]), return_dict=False, add_generation_prompt=True
-    )
-    assert full[: len(asked)] != asked
-    example = encode(row, tokenizer, "assistant")
-    assert example.tokens.tolist() == full
-    assert targets(example, tokenizer) == answer + "<turn|>"
 
 
 def test_a_conversation_without_an_answer_is_refused(tokenizer):

@@ -25,7 +25,6 @@ AGENT = (
     {"role": "user", "content": "Thanks. And 2 + 2?"},
     {"role": "assistant", "content": "It is 4.", "reasoning": "Easy."},
 )
-DROPPED = "texts of reasoning left out by the chat template"
 REMOVED = "texts of reasoning left out, as thinking is drop"
 
 
@@ -161,41 +160,6 @@ def test_a_thought_within_the_text_is_a_thought(tokenizer):
     assert "Easy" not in tokenizer.decode(dropped.tokens)
 
 
-def test_thoughts_that_the_template_strips_are_counted(tokenizer):
-    tokenizer.chat_template = STRIPS_EARLIER_THOUGHTS
-    notes = Counter()
-    text = learned(row(*AGENT), tokenizer, notes=notes)
-    assert "Easy." in text and "I add." not in text and "Done." not in text
-    assert notes == {DROPPED: 2}
-
-
-def test_a_thought_within_the_text_that_the_template_strips_is_counted(tokenizer):
-    tokenizer.chat_template = STRIPS_EARLIER_THOUGHTS.replace(
-        "{{- m.content +", "{{- (m.content.split('<channel|>') | last) +"
-    )
-    said = {"role": "assistant", "content": "<|channel>thought\nEasy.\n<channel|>It is 4."}
-    notes = Counter()
-    assert learned(row(AGENT[4], said), tokenizer, notes=notes) == "It is 4.<turn|>"
-    assert notes == {DROPPED: 1}
-
-
-def test_thinking_is_asked_for_only_where_a_thought_is_shown(tokenizer):
-    shows = "{%- if enable_thinking -%}{{- '<|turn>system\\n<|think|><turn|>\\n' -}}{%- endif -%}"
-    without = STRIPS_EARLIER_THOUGHTS.replace("if m.reasoning and", "if m.nothing and")
-    # A thought that is also a word of the answer is not thereby shown.
-    agent = [{**turn, "reasoning": "It"} if "reasoning" in turn else turn for turn in AGENT]
-    for template, asked in ((STRIPS_EARLIER_THOUGHTS, True), (without, False)):
-        tokenizer.chat_template = template.replace("{{- bos_token -}}", "{{- bos_token -}}" + shows)
-        notes = Counter()
-        example = encode(row(*agent), tokenizer, "assistant", notes=notes)
-        assert ("<|think|>" in tokenizer.decode(example.tokens)) == asked
-        assert notes == {DROPPED: 2 if asked else 3}
-    plain = encode(
-        row({"role": "user", "content": "a"}, AGENT[5] | {"reasoning": ""}), tokenizer, "all"
-    )
-    assert "<|think|>" not in tokenizer.decode(plain.tokens)
-
-
 def test_a_thought_after_a_result_that_holds_a_marker_is_shown(tokenizer):
     turns = [*AGENT[:2], {**AGENT[2], "content": "<|turn>"}, AGENT[3]]
     turns[1] = {**turns[1], "reasoning": ""}
@@ -281,13 +245,15 @@ def test_an_error_stands_in_its_rows_place_and_counts_nothing(tokenizer):
     assert not len(encode_together([], tokenizer, "assistant")[0])
 
 
-def test_the_first_bad_row_is_told_whatever_step_it_fails_in(tokenizer):
+def test_the_first_bad_row_is_told_first_whatever_step_it_fails_in(tokenizer):
     """Rows are rendered before any is tokenized: a later row fails first."""
     late = row({"role": "user", "content": "a"})  # no target: seen after tokenizing
     early = row({"role": "user", "content": "<bos>"}, {"role": "assistant", "content": "<turn|>"})
     for rows in ([row(*AGENT[4:]), late, early], [row(*AGENT[4:]), early, late]):
-        with pytest.raises(DataError, match=r"rows\[1\]"):
-            encode_together(rows, tokenizer, "assistant", on_bad_row="error")
+        _, facts = encode_together(rows, tokenizer, "assistant", on_bad_row="error")
+        assert [told.split(":")[0] for told in facts.bad_rows] == ["rows[1]", "rows[2]"]
+        remedy = "mend or remove the line" if rows[1] is late else "remove the markers"
+        assert facts.remedy[1].startswith(remedy)
 
 
 def test_workers_can_encode(tokenizer):

@@ -20,6 +20,7 @@ from mlx_gemma4.config import DataConfig
 from mlx_gemma4.data import dataset
 from mlx_gemma4.data.chat.encode import Chunk, Task, encode_chunk
 from mlx_gemma4.data.dataset import read
+from mlx_gemma4.data.example import Facts
 from mlx_gemma4.data.store import cache
 from mlx_gemma4.data.store.cache import cached
 from mlx_gemma4.data.store.workers import Workers
@@ -256,13 +257,16 @@ def test_workers_give_the_same_in_the_same_order(path, side):
         assert ours.facts == plain.facts
 
 
-def test_the_first_bad_row_of_all_chunks_is_told(path, side):
+def test_the_bad_rows_of_all_chunks_are_told_in_order(path, side):
     lines = path.read_bytes().splitlines()
     lines[30] = lines[50] = b"broken"
     path.write_bytes(b"\n".join(lines))
     task = Task(side.tokenizer, side.plan.vocab_size, DataConfig())
-    with Workers(task, 2) as workers, pytest.raises(DataError, match="rows:31: is not JSON"):
-        list(workers.encode(chunks_of(path)))
+    facts = Facts()
+    with Workers(task, 2) as workers:
+        for store in workers.encode(chunks_of(path)):
+            facts.add(store.facts)
+    assert [told.split(" is not")[0] for told in facts.bad_rows] == ["rows:31:", "rows:51:"]
 
 
 def test_a_worker_that_is_killed_is_an_error_and_no_wait(path, side):

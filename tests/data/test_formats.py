@@ -135,7 +135,7 @@ def test_messages_that_are_no_turns(tmp_path, messages):
     assert error.wanted == "a list of turns"
 
 
-@pytest.mark.parametrize("role", ["bot", "model", None, 3, ["user"]])
+@pytest.mark.parametrize("role", ["bot", "Model", None, 3, ["user"]])
 def test_a_wrong_role_is_shown_with_the_known_ones(tmp_path, role):
     error = refused(tmp_path, {"messages": [TURNS[0], {"role": role, "content": "a"}]})
     assert f"turn 2: has role {role!r}" in error.found

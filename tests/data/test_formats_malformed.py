@@ -105,9 +105,8 @@ LINES = {
         chat({**USER, "content": [{"type": "text"}]}),
         "turn 1 (user): has text None",
     ),
-    "two users in turn": (chat(USER, USER, ANSWER), "turn 2 (user): follows user"),
     "two answers in turn": (chat(USER, ANSWER, ANSWER), "turn 3 (assistant): follows assistant"),
-    "the answer first": (chat(ANSWER, USER), "turn 1 (assistant): is the first"),
+    "a tool's answer first": (chat({**USER, "role": "tool"}), "turn 1 (tool): is the first"),
     "a system turn late": (
         chat(USER, ANSWER, {"role": "system", "content": "a"}),
         "turn 3 (system): follows assistant",

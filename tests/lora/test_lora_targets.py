@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -17,6 +18,8 @@ from mlx.utils import tree_flatten
 import mlx_gemma4 as g4
 from mlx_gemma4.lora.attach import adapted_modules
 from mlx_gemma4.lora.state import save_adapter
+from mlx_gemma4.lora.targets import adaptable_modules
+from mlx_gemma4.memory import estimate
 from mlx_gemma4.model.names import flat
 
 ATTENTION = {f"self_attn.{name}_proj" for name in "qkvo"}
@@ -28,6 +31,7 @@ ROUND_TRIPS = {
     "last-layers": ("dense", {"num_layers": 2}),
     "one-path": ("e2b", {"targets": ("per_layer_input_gate",), "rank": 2, "alpha": 5.0}),
     "dropout": ("e2b", {"dropout": 0.25}),
+    "all-linear": ("moe", {"targets": ("all-linear",), "rank": 2}),
 }
 
 
@@ -177,6 +181,24 @@ def test_a_path_within_a_layer_is_a_target(tiny):
         "per_layer_input_gate": 6,
         "self_attn.q_proj": 6,
     }
+
+
+def test_all_linear_is_every_module_and_the_estimate_agrees(checkpoints, shape):
+    gemma = g4.load(checkpoints[shape])
+    known = adaptable_modules(gemma.backbone)
+    lora = g4.LoraConfig(rank=2, targets=("all-linear",), rank_pattern={"all-linear": 3})
+    told = gemma.add_lora(lora)
+    assert told == Counter(path for _, path in known)
+    values = sum(value.size for value in flat(gemma.backbone.trainable_parameters()).values())
+    sizes = [math.prod(shape[:-2]) * (shape[-1] + shape[-2]) for shape in known.values()]
+    assert values == 3 * sum(sizes)
+    assert estimate._adapters(gemma.plan, lora) == 4 * values
+
+
+def test_all_linear_keeps_to_the_last_layers(tiny):
+    gemma = g4.load(tiny)
+    gemma.add_lora(g4.LoraConfig(targets=("all-linear",), num_layers=1))
+    assert layers_with_lora(gemma) == {5}
 
 
 def layers_with_lora(gemma: g4.Gemma4) -> set[int]:

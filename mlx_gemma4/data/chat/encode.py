@@ -1,14 +1,14 @@
 """Rows -> token ids and loss masks, through the model's own chat template.
 
 The tokens are those of `apply_chat_template` (render.py). What the model says in them is read from
-the markers around its turns, and held against the row (spans.py). Nothing is derived from a
-prompt's length: larger members put an empty thought into the generation prompt alone.
+the markers around its turns, and held against the row (spans.py). An answer then begins as the
+generation prompt begins it (prompt.py).
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -22,6 +22,7 @@ from ..example import Example, Facts, Store, origin_of
 from ..read.records import Raw, located, row_error
 from . import spans
 from .formats import row_of
+from .prompt import opening, prompt_difference
 from .render import Rendering, render
 from .spans import MARKERS, TURN, Mark, Span
 
@@ -50,11 +51,7 @@ class Chunk:
 
 
 def encode_chunk(task: Task, chunk: Chunk) -> Store:
-    """The examples of some rows, tokenized in one call.
-
-    Raises:
-        DataError: the first row that cannot be used, unless such rows are to be skipped.
-    """
+    """The examples of some rows, tokenized in one call; rows that cannot be used are facts."""
     config, facts, encoder = task.config, Facts(), Encoder(task)
     errors: dict[int, DataError] = {}
     rendered: dict[int, Rendering] = {}
@@ -65,8 +62,6 @@ def encode_chunk(task: Task, chunk: Chunk) -> Store:
                 rendered[i] = render(row, task.tokenizer, config.thinking, encoder.ends)
         except DataError as error:
             errors[i] = error
-            if config.on_bad_row == "error":
-                break  # a row before it may still fail below
     tokens = encoder.tokenize([rendering.text for rendering in rendered.values()])
     examples: dict[int, Example] = {}
     for (i, rendering), ids in zip(rendered.items(), tokens):
@@ -77,17 +72,30 @@ def encode_chunk(task: Task, chunk: Chunk) -> Store:
         except DataError as error:
             errors[i] = error
             continue
+        if rendering.messages and not facts.prompts:
+            told = prompt_difference(rendering, example, task.tokenizer, encoder.tokenize)
+            if told and config.answer_start == "template":
+                told += "; answer_start: prompt makes them agree"
+            facts.prompts = [told]
         facts.shapes[rendering.row.shape] += 1
+        if any(map(_is_empty, rendering.messages)):
+            facts.add(Facts(empty=1, empty_rows=[example.origin]))
         if fitted is None:
             facts.skipped += 1
         else:
             facts.truncated += fitted is not example
             examples[i] = fitted
-    if errors and config.on_bad_row == "error":
-        raise errors[min(errors)]
-    facts.add(Facts(bad=len(errors), bad_rows=[errors[i].found for i in sorted(errors)]))
+    bad = [errors[i] for i in sorted(errors)]
+    remedy = [bad[0].wanted, bad[0].do] if bad else []
+    facts.add(Facts(bad=len(bad), bad_rows=[error.found for error in bad], remedy=remedy))
     numbers = [chunk.rows[i][0] for i in examples]
     return Store.of([*examples.values()], numbers, facts, chunk.place)
+
+
+def _is_empty(turn: dict[str, Any]) -> bool:
+    """Whether a turn is a learned answer that says nothing and calls nothing."""
+    is_learned = turn["role"] == "assistant" and turn.get("train", True)
+    return is_learned and not turn["content"].strip() and not turn.get("tool_calls")
 
 
 def _fit(example: Example, task: Task) -> Example | None:
@@ -122,6 +130,8 @@ class Encoder:
         tokenizer, config = task.tokenizer, task.config
         self._tokenizer = tokenizer
         self._train_on, self._thinking = config.train_on, config.thinking
+        self._opens = config.answer_start == "prompt"
+        self._openings: dict[Any, np.ndarray] = {}
         self.ends = tokenizer.bos_token, tokenizer.eos_token  # it takes its time to give them
         self._bos_id, unknown = tokenizer.bos_token_id, tokenizer.unk_token_id
         ids = {marker: tokenizer.convert_tokens_to_ids(marker) for marker in MARKERS}
@@ -148,31 +158,26 @@ class Encoder:
         if count != 1 or tokens[0] != self._bos_id:
             do = f"remove {bos} from the row's text" if count else "use Gemma 4's template"
             raise row_error(f"has {count} {bos} tokens when rendered", "one, at the start", do)
-        mask, dropped = np.ones(len(tokens), bool), 0
+        mask = np.ones(len(tokens), bool)
         if rendering.messages:
-            mask, dropped = self._mask(rendering, tokens)
+            tokens, mask = self._conversation(rendering, tokens)
         told = {
-            "texts of reasoning left out by the chat template": dropped,
+            "answers that begin with <think>, which was read as reasoning": rendering.tagged,
             "texts of reasoning left out, as thinking is drop": rendering.removed,
             "rows with markers of the chat template in their own text": int(bool(rendering.quoted)),
         }
         notes.update({what: count for what, count in told.items() if count})
         return Example(tokens, mask, rendering.row.origin)
 
-    def _mask(self, rendering: Rendering, tokens: np.ndarray) -> tuple[np.ndarray, int]:
-        """The loss mask, and how many texts of reasoning the template left out."""
-        marks = [m for m in self._locate(rendering.text, tokens) if m.char not in rendering.quoted]
-        turns = spans.model_turns(rendering.text, marks, len(tokens), len(self._header))
-        may_train, dropped = spans.check_against_row(rendering.messages, turns)
-        silent = [
-            span
-            for span in chain(*turns)
-            if span.kind == "thought" and (self._thinking == "mask" or not span.text)
-        ]
-        if rendering.generated is not None:
-            spans.check_against_generation(
-                tokens, turns, silent, rendering.generated, self._tokenizer
-            )
+    def _conversation(
+        self, rendering: Rendering, tokens: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and loss mask of a conversation."""
+        marks, turns = self._turns(rendering.text, rendering.quoted, tokens)
+        may_train = spans.check_against_row(rendering.messages, turns)
+        if rendering.generated:
+            self._check_generated(*rendering.generated)
+        silent = self._silent(turns)
         mask = np.full(len(tokens), self._train_on == "all")
         for span in self._chosen(turns, rendering.text, marks):
             mask[span.first : span.last] |= span.kind != "response"
@@ -181,7 +186,45 @@ class Encoder:
             mask[span.first : span.last] = False
         if not mask[1:].any():
             raise row_error("has no target token", "an assistant turn to learn")
-        return mask, dropped
+        return self._begun(rendering, turns, tokens, mask)
+
+    def _turns(
+        self, text: str, quoted: frozenset[int], tokens: np.ndarray
+    ) -> tuple[list[Mark], list[list[Span]]]:
+        """The markers of a text that decide who speaks, and the model's turns."""
+        marks = [mark for mark in self._locate(text, tokens) if mark.char not in quoted]
+        return marks, spans.model_turns(text, marks, len(tokens), len(self._header))
+
+    def _silent(self, turns: list[list[Span]]) -> list[Span]:
+        """Thoughts that are no target."""
+        thoughts = (span for span in chain(*turns) if span.kind == "thought")
+        return [span for span in thoughts if self._thinking == "mask" or not span.text]
+
+    def _check_generated(self, text: str, quoted: frozenset[int], generated: Sequence[int]) -> None:
+        """Hold a template's own rendering against what it marks as generated."""
+        [tokens] = self.tokenize([text])
+        _, turns = self._turns(text, quoted, tokens)
+        silent = self._silent(turns)
+        spans.check_against_generation(tokens, turns, silent, generated, self._tokenizer)
+
+    def _begun(
+        self, rendering: Rendering, turns: list[list[Span]], tokens: np.ndarray, mask: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and mask in which trained answers begin as the generation prompt begins them.
+
+        The empty thought that it writes is context. A turn that has a thought keeps its own.
+        """
+        if not self._opens:
+            return tokens, mask
+        key = repr([*rendering.options.items()][1:]), bool(rendering.row.tools)
+        if key not in self._openings:
+            text = opening(self._tokenizer, rendering.options)
+            self._openings[key] = self.tokenize([text])[0]
+        ids = self._openings[key]
+        starts = [turn[0].first for turn in turns if turn and turn[0].kind != "thought"]
+        places = [start for start in starts if mask[start]]
+        where = np.repeat(np.array(places, int), len(ids))
+        return np.insert(tokens, where, np.tile(ids, len(places))), np.insert(mask, where, False)
 
     def _chosen(self, turns: list[list[Span]], text: str, marks: list[Mark]) -> Iterable[Span]:
         """The spans of the model turns that `train_on` names."""

@@ -26,7 +26,7 @@ Media = Callable[[dict], dict[str, str]]
 
 _DEEPEST = 50
 _ROLES = {role: role for role in ("system", "user", "assistant", "tool")}
-_MORE_ROLES = _ROLES | {"developer": "system", "function": "tool"}
+_MORE_ROLES = _ROLES | {"developer": "system", "function": "tool", "model": "assistant"}
 _SHAREGPT = _ROLES | {
     **dict.fromkeys(("gpt", "chatgpt", "model", "bot"), "assistant"),
     **dict.fromkeys(("function", "observation"), "tool"),
@@ -35,9 +35,9 @@ _SHAREGPT = _ROLES | {
 }
 _REASONING = ("reasoning", "reasoning_content", "thinking")
 _MAY_FOLLOW = {
-    None: ("system", "user"),
-    "system": ("user",),
-    "user": ("assistant",),
+    None: ("system", "user", "assistant"),
+    "system": ("user", "assistant"),
+    "user": ("user", "assistant"),
     "assistant": ("user", "tool"),
     "tool": ("tool", "assistant"),
 }
@@ -137,8 +137,8 @@ def _conversation(turns: list, media: Media) -> Iterator[dict[str, Any]]:
             turn = _turn(given, role, media)
             role, before = turn["role"], previous["role"]
             if role not in _MAY_FOLLOW[before]:
-                wanted = "a system turn at most first, then user and assistant in turn"
-                do = "join turns of one speaker, and let a conversation begin with the user"
+                wanted = "a system turn at most first, and answers that do not follow each other"
+                do = "join the turns of the assistant, and put system text first"
                 raise row_error(f"follows {before}" if before else "is the first", wanted, do)
             if role == "tool" and before == "assistant" and "tool_calls" not in previous:
                 wanted = "an assistant turn with tool_calls before it"

@@ -9,20 +9,39 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 from ...model.tokenizer import END_OF_TURN
 from ..read.records import row_error
 from .formats import Row
-from .spans import MARKER, MARKERS, TURN, find_marks, model_turns, spans_of
+from .spans import MARKER, MARKERS, TURN, find_marks, model_turns
+from .thoughts import (
+    Turn,
+    has_tags,
+    missing_thoughts,
+    put_in,
+    thoughts_of,
+    with_reasoning,
+    without_reasoning,
+)
 
 _ERRORS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
-_THOUGHT = re.compile(r"<\|channel>.*?<channel\|>", re.DOTALL)
 _CALLED = re.compile(r"<\|tool_(call|response)>.*?<tool_\1\|>", re.DOTALL)
 _marks_generation = lru_cache(maxsize=8)(re.compile(r"{%-?\s*generation\s*-?%}").search)
+
+
+class Generated(NamedTuple):
+    """A template's own rendering, before anything is put in, and what it marks as generated.
+
+    `mask` (T) is that of `{% generation %}`; `quoted` as in a Rendering.
+    """
+
+    text: str
+    quoted: frozenset[int]
+    mask: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -31,23 +50,28 @@ class Rendering:
 
     Attributes:
         messages: what the template was given; empty for a text row.
+        options: what it was told besides.
         quoted: where in the text markers stand that are the row's own, and open or end no turn.
-        generated: the template's mask (T) of `{% generation %}`, if it has that.
+        generated: the template's own rendering and its `{% generation %}`, if it has that.
         removed: texts of reasoning that the template was not given.
+        tagged: answers that begin with `<think>`, which is read as their reasoning.
     """
 
     row: Row
     text: str
     messages: Sequence[dict[str, Any]] = ()
+    options: dict[str, Any] = field(default_factory=dict)
     quoted: frozenset[int] = frozenset()
-    generated: Sequence[int] | None = None
+    generated: Generated | None = None
     removed: int = 0
+    tagged: int = 0
 
 
 def render(row: Row, tokenizer: Any, thinking: str, ends: tuple[str, str]) -> Rendering:
     """The text of a row: `<bos> text <eos>`, or what `apply_chat_template` gives.
 
-    Where reasoning of the row is in the rendering, the template is told `enable_thinking`.
+    Where the row has reasoning, the template is told `enable_thinking`; what it leaves out of it
+    is put in.
 
     Args:
         thinking: as in DataConfig.
@@ -63,63 +87,57 @@ def render(row: Row, tokenizer: Any, thinking: str, ends: tuple[str, str]) -> Re
         found = "is a conversation and the tokenizer has no chat template"
         wanted = "chat_template.jinja, as the instruction-tuned (-it) checkpoints have it"
         raise row_error(found, wanted, "train an -it checkpoint, or use text rows")
-    _refuse_markers_in_answers(row, ends)
-    thoughts = [thought for turn in row.messages for thought in _thoughts(turn)]
-    messages: Sequence[dict[str, Any]] = row.messages
+    messages: Sequence[Turn] = [with_reasoning(turn) for turn in row.messages]
+    _refuse_markers_in_answers(messages, ends)
+    thoughts = [thought for turn in messages for thought in thoughts_of(turn)]
+    keeps = bool(thoughts) and thinking != "drop"
     if thoughts:
-        messages = [_with_thoughts(turn, thinking) for turn in messages]
-    kept = [] if thinking == "drop" else thoughts
+        messages = [_for_template(turn) if keeps else without_reasoning(turn) for turn in messages]
     tools = list(row.tools) or None
-    for thinks in ({"enable_thinking": True}, {}) if kept else ({},):
-        options: dict[str, Any] = {"tools": tools, "tokenize": False, **thinks}
-        text = _apply(tokenizer, messages, options)
-        quoted = _quoted_markers(tokenizer, messages, options, text)
-        if kept and _shows(text, quoted, kept):
-            break
+    options: dict[str, Any] = {"tools": tools, **({"enable_thinking": True} if keeps else {})}
+    text = apply_template(tokenizer, messages, options)
+    quoted = _quoted_markers(tokenizer, messages, options, text)
     _require_all(row, text, quoted)
     generated = None
     if _marks_generation(tokenizer.get_chat_template(None, tools)):
-        options |= {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
-        generated = _apply(tokenizer, messages, options)["assistant_masks"]
-    return Rendering(row, text, messages, quoted, generated, len(thoughts) - len(kept))
+        how = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+        mask = apply_template(tokenizer, messages, options | how)["assistant_masks"]
+        generated = Generated(text, quoted, mask)
+    if keeps and _shown(text, quoted) != thoughts:
+        again = partial(apply_template, tokenizer, options=options)
+        text, quoted = put_in(text, quoted, missing_thoughts(messages, text, again))
+    removed, tagged = 0 if keeps else len(thoughts), sum(map(has_tags, row.messages))
+    return Rendering(row, text, messages, options, quoted, generated, removed, tagged)
 
 
-def _apply(tokenizer: Any, messages: Any, options: dict[str, Any]) -> Any:
+def apply_template(tokenizer: Any, messages: Any, options: dict[str, Any]) -> Any:
+    """What the chat template makes of messages, by default a text; a DataError says why not."""
     from jinja2 import TemplateError
 
     try:
-        return tokenizer.apply_chat_template(messages, **options)
+        return tokenizer.apply_chat_template(messages, **({"tokenize": False} | options))
     except (TemplateError, *_ERRORS) as error:  # of Jinja, and of Python within the template
         found = f"is refused by the model's chat template: {error}"
-        raise row_error(found, "roles and fields as the template allows them") from None
+        do = "mend the row, such as turns of one speaker that follow each other, or remove it"
+        raise row_error(found, "roles and fields as the template allows them", do) from None
 
 
-def _with_thoughts(turn: dict[str, Any], thinking: str) -> dict[str, Any]:
-    """A message with its reasoning under the names that templates read, or without any."""
-    if turn["role"] == "assistant" and thinking == "drop":
-        turn = {**turn, "content": _THOUGHT.sub("", turn["content"])}
-        turn.pop("reasoning", None)
+def _for_template(turn: Turn) -> Turn:
+    """A message with its reasoning under both names that templates read."""
     return {**turn, "reasoning_content": turn["reasoning"]} if "reasoning" in turn else turn
 
 
-def _thoughts(turn: dict[str, Any]) -> list[str]:
-    """The reasoning of an assistant turn: its field, and channels within its text."""
-    if turn["role"] != "assistant":
-        return []
-    within = [span.text for span in spans_of(turn["content"]) if span.kind == "thought"]
-    return [thought for thought in (turn.get("reasoning", "").strip(), *within) if thought]
-
-
-def _shows(text: str, quoted: frozenset[int], thoughts: list[str]) -> bool:
+def _shown(text: str, quoted: frozenset[int]) -> list[str]:
+    """The thoughts that a rendering shows."""
     marks = [mark for mark in find_marks(text) if mark.char not in quoted]
     spans = chain(*model_turns(text, marks, 0, 0))
-    return any(span.kind == "thought" and span.text in thoughts for span in spans)
+    return [span.text for span in spans if span.kind == "thought" and span.text]
 
 
-def _refuse_markers_in_answers(row: Row, ends: tuple[str, str]) -> None:
+def _refuse_markers_in_answers(messages: Sequence[Turn], ends: tuple[str, str]) -> None:
     """No answer can hold what ends or opens a turn: generation would stop there."""
     never = (TURN, END_OF_TURN, *ends)
-    for number, turn in enumerate(row.messages, 1):
+    for number, turn in enumerate(messages, 1):
         if not isinstance(turn["content"], str):
             what = f"turn {number} ({turn['role']}) holds images or audio"
             raise row_error(what, "text, which alone can be trained on so far")
@@ -147,7 +165,7 @@ def _quoted_markers(
     if not any(MARKER.search(string) for string in _strings([others, options["tools"]])):
         return frozenset()
     letters = [turn if turn["role"] == "assistant" else _neutralised(turn) for turn in messages]
-    plain = _apply(tokenizer, letters, options | {"tools": _neutralised(options["tools"])})
+    plain = apply_template(tokenizer, letters, options | {"tools": _neutralised(options["tools"])})
     left = {mark.char for mark in find_marks(plain)}
     marks = find_marks(text)
     if len(plain) != len(text) or not left <= {mark.char for mark in marks}:
@@ -173,12 +191,14 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def _require_all(row: Row, text: str, quoted: frozenset[int]) -> None:
-    """System text, questions and tools must be there; answers are held against the text later."""
-    lost = [
-        f"turn {number} ({turn['role']})"
-        for number, turn in enumerate(row.messages, 1)
-        if turn["role"] in ("system", "user") and turn["content"].strip() not in text
-    ]
+    """System text, questions and tools must be there, in order; answers are checked later."""
+    lost, at = [], 0
+    for number, turn in enumerate(row.messages, 1):
+        if turn["role"] in ("system", "user"):
+            said = turn["content"].strip()
+            place = text.find(said, at)
+            lost += [f"turn {number} ({turn['role']})"] * (place < 0)
+            at = max(at, place + len(said))
     if row.tools:
         for char in quoted:
             text = text[:char] + " " + text[char + 1 :]

@@ -10,8 +10,8 @@ Its parts come in any order and number. What a tool answers stands within the tu
 model's; the `<|tool_response>` after a call is: there generation stops and the tool runs.
 
 The markers of the rendering and the row's assistant turns must agree, or the row is refused. They
-are compared without white space, which templates trim. Only reasoning may be missing, since
-templates leave out earlier ones. A template's `{% generation %}` marks must agree too.
+are compared without white space, which templates trim. A template's `{% generation %}` marks must
+agree too.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from ...errors import DataError
 from ...model.tokenizer import END_OF_TURN
 from ..read.records import row_error
 
-TURN = "<|turn>"
-_CHANNEL, _CALL, _RESPONSE = "<|channel>", "<|tool_call>", "<|tool_response>"
-_CLOSERS = {_CHANNEL: "<channel|>", _CALL: "<tool_call|>", _RESPONSE: "<tool_response|>"}
-_KINDS = {_CHANNEL: "thought", _CALL: "call", _RESPONSE: "response"}
+TURN, CALL = "<|turn>", "<|tool_call>"
+_CHANNEL, _RESPONSE = "<|channel>", "<|tool_response>"
+_CLOSERS = {_CHANNEL: "<channel|>", CALL: "<tool_call|>", _RESPONSE: "<tool_response|>"}
+_KINDS = {_CHANNEL: "thought", CALL: "call", _RESPONSE: "response"}
 _BEFORE, _SHOWN = 20, 70  # characters of a picture: before the first difference, and in all
 
 MARKERS = (TURN, END_OF_TURN, *_CLOSERS, *_CLOSERS.values())
@@ -128,19 +128,16 @@ def _parse(text: str, marks: list[Mark], start: Mark, stop: Mark) -> Iterator[Sp
         yield Span("text", text[char : stop.char], token, stop.token)
 
 
-def check_against_row(
-    messages: Sequence[dict[str, Any]], turns: list[list[Span]]
-) -> tuple[list[bool], int]:
+def check_against_row(messages: Sequence[dict[str, Any]], turns: list[list[Span]]) -> list[bool]:
     """Hold the model turns of a rendering against the assistant turns of its row.
 
     Returns:
-        for every model turn whether it may be a target (`"train": False` forbids it), and how many
-        texts of reasoning of the row are not in the rendering. Where else they differ a DataError
-        shows both.
+        for every model turn whether it may be a target (`"train": False` forbids it). Where they
+        differ a DataError shows both.
     """
     groups = _groups(messages, len(turns))
     parts = turns if len(groups) == len(turns) else [list(chain(*turns))]
-    may_train, dropped = [], 0
+    may_train = []
     for group, spans in zip(groups, parts):
         said = _spans_of_row(group)
         thoughts, calls, texts = (
@@ -155,13 +152,16 @@ def check_against_row(
         ):
             shown = {"the row says": _as_text(said), "the model turn is": _as_text(spans)}
             raise _disagreement(shown)
-        dropped += len(thoughts[0]) - len(thoughts[1])
+        if missing := len(thoughts[0]) - len(thoughts[1]):
+            found = f"the chat template leaves out {missing} texts of reasoning within an answer"
+            do = "set thinking to drop, or move them into reasoning, before the answer"
+            raise row_error(found, "reasoning that can be kept", do)
         wishes = {turn.get("train", True) for turn in group}
         if len(wishes) > 1:
             found = "one model turn holds answers with weight 0 and answers with weight 1"
             raise row_error(found, "one weight for all assistant turns between two questions")
         may_train.append(wishes != {False})
-    return may_train if parts is turns else may_train * len(turns), dropped
+    return may_train if parts is turns else may_train * len(turns)
 
 
 def check_against_generation(

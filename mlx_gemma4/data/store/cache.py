@@ -25,7 +25,8 @@ _COLUMNS = ("lengths", "targets", "numbers", "digests")
 
 CODE = (
     *("example.py", "read/files.py", "read/records.py", "read/sources.py"),
-    *("chat/encode.py", "chat/formats.py", "chat/media.py", "chat/render.py", "chat/spans.py"),
+    *("chat/encode.py", "chat/formats.py", "chat/media.py", "chat/prompt.py"),
+    *("chat/render.py", "chat/spans.py", "chat/thoughts.py"),
     *("store/cache.py", "store/workers.py"),
 )
 """The modules that decide what is stored: a change in one of them makes new entries."""
