@@ -9,6 +9,7 @@ the Python standard library: nothing is downloaded.
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Mapping
 from itertools import count
 from pathlib import Path
@@ -56,6 +57,8 @@ def main(arguments: list[str] | None = None) -> None:
         data_folder = data_folder or docstrings
     gemma = load(model)
     print(gemma)
+    if config.verbose:
+        print(f"  shared K/V: {gemma.loaded.verdict}")
     if settings.fit:
         data_config, config = fit_settings(
             gemma.loaded.config, settings.fit, data_config, config, lora
@@ -72,25 +75,25 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"asked:  {embedded.PROMPT}")
         print(f"before: {before!r}")
         print(f"after:  {gemma.generate(embedded.PROMPT, max_tokens=40)!r}")
-    _tell(run.summary, str(model))
+    _tell(run.summary, embedded.PROMPT if own else "...", config.verbose)
 
 
-def _tell(summary: Mapping[str, Any], model: str) -> None:
+def _tell(summary: Mapping[str, Any], prompt: str, verbose: bool) -> None:
     """What came of the run."""
     if summary["val_loss"] is not None:
         print(f"validation loss: {summary['val_loss_before']:.3f} -> {summary['val_loss']:.3f}")
     if summary["test_loss"] is not None:
         print(f"test loss: {summary['test_loss']:.3f}")
-    print(
-        f"peak memory: {summary['peak_memory_gb']:.3f} GB (forecast "
-        f"{summary['forecast_peak_gb']:.3f}), of which {summary['resident_before_gb']:.3f} GB were "
-        f"resident before the first step; the step was compiled {summary['compilations']} times"
-    )
-    print(
-        f"adapter: {summary['adapter']}\n"
-        f"try it: python -m mlx_gemma4.generate --model {model} "
-        f'--adapter {summary["adapter"]} --prompt "..."'
-    )
+    print(f"peak memory: {summary['peak_memory_gb']:.3f} GB")
+    if verbose:
+        print(
+            f"  forecast: {summary['forecast_peak_gb']:.3f} GB; resident before the first step: "
+            f"{summary['resident_before_gb']:.3f} GB; the step was compiled "
+            f"{summary['compilations']} times"
+        )
+    words = ["--model", summary["model"], "--adapter", summary["adapter"], "--prompt", prompt]
+    print(f"adapter: {summary['adapter']}")
+    print(f"try it: python -m mlx_gemma4.generate {shlex.join(words)}")
 
 
 def _settings(arguments: list[str] | None) -> tuple[Any, ...]:

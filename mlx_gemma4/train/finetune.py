@@ -28,17 +28,18 @@ from ..objectives.sft import sft
 from ..storage import write_text
 from .budget import run_memory
 from .checkpoint import Checkpoints
+from .console import Console
 from .evaluate import evaluate
 from .optim import make_optimizer
 from .prefetch import Progress, training_steps
-from .run import Callback, Console, MetricsFile, Run
+from .run import Callback, MetricsFile, Run
 from .trainer import Trainer
 
 # Settings that a resumed run may change without becoming another run; at a constant learning
 # rate it may become longer too.
 _FREE_ON_RESUME = {
     *("learning_rate", "rematerialize", "memory", "attention"),
-    *("report_every", "eval_every", "val_batches", "save_every", "keep_checkpoints"),
+    *("report_every", "eval_every", "val_batches", "save_every", "keep_checkpoints", "verbose"),
 }
 
 
@@ -62,7 +63,7 @@ def finetune(
         output: folder for all that a run writes; None keeps it in memory.
         resume: go on from the newest checkpoint in `output`.
         callbacks: told of progress, beside the console.
-        console: whether to print what trains, and show a bar on a terminal.
+        console: whether to print what trains and a line a report, with a bar on a terminal.
 
     Raises:
         DataError, TrainingError: no examples, a loss that is not finite, an output folder that

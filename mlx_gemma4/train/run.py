@@ -9,18 +9,13 @@ class StopAtNight(Callback):
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from ..export import export
 from ..gemma import Gemma4
-from ..lora.attach import adapted_modules
-from ..model.names import flat
 
 
 @dataclass(repr=False)
@@ -124,37 +119,6 @@ class Callback:
         """The run is over, was stopped, or failed."""
 
 
-class Console(Callback):
-    """Says what trains, then a progress bar on a terminal; evaluations are printed anywhere."""
-
-    _bar: tqdm
-
-    def start(self, run: Run, step: int, total: int) -> None:
-        super().start(run, step, total)
-        print(_what_trains(run.gemma), *run.notes, sep="\n", flush=True)
-        self._bar = tqdm(
-            initial=step, total=total, unit="step", disable=None, dynamic_ncols=True, leave=False
-        )
-
-    def advance(self, step: int, loss: float) -> None:
-        self._bar.update()
-
-    def report(self, metrics: Mapping[str, Any]) -> None:
-        if metrics["val_loss"] is not None:
-            tqdm.write(f"step {metrics['step']}: validation loss {metrics['val_loss']:.3f}")
-            sys.stdout.flush()
-        if metrics["loss"] is not None:
-            self._bar.set_postfix_str(
-                f"loss {metrics['loss']:.3f}, {metrics['tokens_per_second']:,.0f} tokens/s, "
-                f"{metrics['peak_memory_gb']:.2f} GB"
-            )
-
-    def end(self) -> None:
-        self._bar.close()
-        if self.run.stopped:
-            print(f"stopped after step {self.run.step}: {self.run.stopped}", flush=True)
-
-
 class MetricsFile(Callback):
     """metrics.jsonl: a JSON object a report, written at once.
 
@@ -172,12 +136,3 @@ class MetricsFile(Callback):
     def report(self, metrics: Mapping[str, Any]) -> None:
         with self._path.open("a") as file:
             file.write(json.dumps(metrics) + "\n")
-
-
-def _what_trains(gemma: Gemma4) -> str:
-    count = sum(value.size for value in flat(gemma.backbone.trainable_parameters()).values())
-    modules = adapted_modules(gemma.backbone)
-    if not modules:
-        return f"training {count:,} parameters: every weight of the language model"
-    kinds = ", ".join(f"{number} {path}" for path, number in sorted(modules.items()))
-    return f"training {count:,} parameters: LoRA on {kinds}"
