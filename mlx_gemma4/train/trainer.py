@@ -51,7 +51,7 @@ class Trainer:
         objective: Objective = sft,
         *,
         callbacks: Sequence[Callback] = (),
-        validate: Callable[[], float] | None = None,
+        validate: Callable[[], float | None] | None = None,
         checkpoints: Checkpoints | None = None,
         options: StepOptions = StepOptions(),
         config: TrainConfig = TrainConfig(),
@@ -81,7 +81,8 @@ class Trainer:
                 self._take(step)
                 last = run.step == total or run.stopped is not None
                 evaluated = last or run.step % config.eval_every == 0
-                val_loss = self.validate() if self.validate and evaluated else None
+                validate = self.validate if evaluated and not run.interrupted else None
+                val_loss = validate() if validate else None
                 if evaluated or run.step % config.report_every == 0:
                     self._report(val_loss)
                 self._save(step.progress, val_loss, last)
