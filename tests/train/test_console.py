@@ -66,9 +66,10 @@ sys.modules["ipywidgets"] = None
 shell = types.SimpleNamespace(config={"IPKernelApp": {}})
 sys.modules["IPython"] = types.SimpleNamespace(get_ipython=lambda: shell)
 sys.modules["IPython.display"] = types.SimpleNamespace(HTML=None, display=None)
+sys.modules["ipykernel.zmqshell"] = types.ModuleType("ipykernel.zmqshell")
 import mlx_gemma4
 import tqdm.auto
-print(tqdm.auto.notebook_tqdm.__module__)
+assert "tqdm.notebook" in sys.modules, "this is no notebook to tqdm"
 """
 
 
