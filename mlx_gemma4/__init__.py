@@ -12,9 +12,13 @@ Names are loaded when they are first used, so importing the package is quick.
 from __future__ import annotations
 
 import importlib
+import warnings
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+# tqdm, which other libraries import, asks every notebook for ipywidgets; lines are printed anyway.
+warnings.filterwarnings("ignore", "IProgress not found")
 
 _HOMES = {
     name: module

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import os
 import sys
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -59,9 +62,33 @@ def listing(names: Iterable[object], limit: int = 20) -> str:
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run a command: an error of ours ends it with one message and exit code 2, no traceback."""
+    """Run a command: what a user may meet ends it with one message at most, and no traceback.
+
+    An error of ours and a full disk end with exit code 2, Ctrl-C with 130; a reader of the output
+    that has gone, such as `| head`, with 141. Terminals without Unicode get escapes.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
-        main()
+        try:
+            main()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # What is still in the buffer would be tried again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = error.filename or "a file"
+        print(
+            f"error: cannot write {where}: {error.strerror}\n"
+            "  wanted: a disk with room for it\n  do:     free some space",
+            file=sys.stderr,
+        )
+        raise SystemExit(2) from None
     except Gemma4Error as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -187,7 +187,6 @@ class Gemma4:
             layers += f" ({loaded.dropped} dead K/V tensors dropped)"
         lines = [f"Gemma 4 {plan.member} ({plan.model_type}) from {self.name}"]
         lines += [f"  layers:  {layers}", f"  memory:  {size(nbytes)}{on_disk}"]
-        lines += [f"  gate:    {loaded.verdict}"]
         if loaded.left_out:
             lines.append(f"  encoders: {loaded.left_out} tensors left out (text only)")
         if self.lora:

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -169,6 +170,27 @@ def test_a_run_from_flags_to_an_answer(tiny, rows, tmp_path, capsys):
     assert capsys.readouterr().out != adapted
 
 
+def test_what_a_run_prints_is_for_its_user(tiny, rows, tmp_path, capsys):
+    """How the model was loaded and what was forecast: only with --verbose."""
+    internal = ("previous_kvs", "forecast", "compiled")
+    run(tiny, rows, tmp_path / "one", "--iters", 1)
+    told = capsys.readouterr().out
+    assert not [word for word in internal if word in told]
+    run(tiny, rows, tmp_path / "two", "--iters", 1, "--verbose")
+    told = capsys.readouterr().out
+    assert not [word for word in internal if word not in told]
+
+
+def test_the_command_to_try_can_be_pasted(model, rows, tmp_path, capsys):
+    spaced = model.rename(tmp_path / "my model")
+    output = tmp_path / "the run's"
+    run(spaced, rows, output, "--iters", 1)
+    (told,) = re.findall(r"try it: python -m mlx_gemma4.generate (.*)", capsys.readouterr().out)
+    words = shlex.split(told)
+    assert words[:4] == ["--model", str(spaced), "--adapter", str(output / "adapter")]
+    generate.main([*words, "--max-tokens", "2"])
+
+
 def test_without_an_output_folder_runs_are_numbered(tiny, rows, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for number, more in ((1, []), (2, ["--fit", "1GB", "--batch-size", "2"])):
@@ -314,6 +336,7 @@ def test_a_yaml_file_that_is_not_there(tmp_path, capsys):
         (["--batch-size", 0], "batch_size is 0\n  wanted: 1 or more"),
         (["--learning-rate", "nan"], "learning_rate is nan"),
         (["--epochs", "inf"], "epochs is inf"),
+        (["--epochs", 0], "epochs is 0.0\n  wanted: above 0.0"),
         (["--lora-dropout", 1], "lora_dropout is 1.0\n  wanted: below 1"),
     ],
 )

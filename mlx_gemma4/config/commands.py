@@ -30,7 +30,9 @@ class RunConfig(Settings):
         "choose settings that fit a memory, such as 16GB: rematerialize, then batch_size, "
         "then max_seq_length",
     )
-    resume: bool = setting(False, "go on from the newest checkpoint in the output folder")
+    resume: bool = setting(
+        False, "go on with the run in the output folder, with its settings; no other flag is needed"
+    )
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ import contextlib
 import dataclasses
 import difflib
 import math
+import operator
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -121,7 +122,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
     wanted, do = "lines of `key: value`", "mend the file"
     try:
-        content = yaml.safe_load(Path(path).read_text())
+        content = yaml.safe_load(Path(path).read_text("utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         found = f"cannot read {path}: {error}"
         raise ConfigError(found, wanted=wanted, do="check the path") from None
@@ -191,6 +192,7 @@ def read_arguments(
     *,
     usage: str | None = None,
     yaml_groups: Sequence[type[Settings]] = (),
+    merge: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]] = operator.or_,
 ) -> dict[str, Any]:
     """What was given on the command line of `python -m NAME`, by key; `build` makes settings of it.
 
@@ -198,6 +200,7 @@ def read_arguments(
         arguments: the command line's words; None is sys.argv's.
         usage: for --help, after `python -m NAME`.
         yaml_groups: settings that a file named with --config may hold; empty for no such flag.
+        merge: (values of the file, values of the flags) -> both, where flags win.
 
     Raises:
         ConfigError: a file that cannot be read, or holds an unknown key or a wrong value.
@@ -218,7 +221,7 @@ def read_arguments(
     path = given.pop("config", None)
     from_file = read_yaml(path) if path else {}
     build(yaml_groups, from_file, str(path))
-    return {**from_file, **given}
+    return merge(from_file, given)
 
 
 def _add_flags(parser: argparse.ArgumentParser, part: Part) -> None:

@@ -17,7 +17,7 @@ class TrainConfig(Settings):
         "lora", "train LoRA adapters, or every weight of the language model"
     )
     iters: int | None = setting(None, "optimizer steps; default: one epoch", at_least=1)
-    epochs: float | None = setting(None, "passes over the data, instead of iters", at_least=0.0)
+    epochs: float | None = setting(None, "passes over the data, instead of iters", above=0.0)
     packing: bool = setting(
         True,
         "put several examples into a row of max_seq_length tokens; none sees another. "
@@ -47,8 +47,13 @@ class TrainConfig(Settings):
     attention: Literal["auto", "plain", "blockwise"] = setting(
         "auto", "form all attention scores at once, or block by block; the values are the same"
     )
+    verbose: bool = setting(
+        False, "say more: how the model was loaded, what memory was forecast, compilations"
+    )
     seed: int = setting(0, "the order of examples, LoRA's start and dropout", at_least=0)
-    report_every: int = setting(10, "steps between lines in metrics.jsonl", at_least=1)
+    report_every: int = setting(
+        10, "steps between reports: metrics.jsonl, and a printed line", at_least=1
+    )
     eval_every: int = setting(200, "steps between evaluations on valid.jsonl", at_least=1)
     val_batches: int | None = setting(None, "batches of an evaluation; default: all", at_least=1)
     save_every: int = setting(100, "steps between checkpoints", at_least=1)

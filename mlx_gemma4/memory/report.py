@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -49,8 +50,8 @@ def answer(
         print(f"max_seq_length is {settings.length}: {wanted.length} tokens do not fit")
     if settings.bits != stored.bits:
         model = f"{Path(model).name}-{settings.bits}bit"
-        print(f"first: mlx_lm.convert --hf-path {run.model} --mlx-path {model} "
-              f"-q --q-bits {settings.bits}")  # fmt: skip
+        convert = ["mlx_lm.convert", "--hf-path", str(run.model), "--mlx-path", model]
+        print("first:", shlex.join([*convert, "-q", "--q-bits", str(settings.bits)]))
     run = replace(run, model=model, data=run.data or "my_data/")
     of_lora = [lora] if wanted.lora else []
     given, usual = flatten(run, train, *of_lora), flatten(RunConfig(), TrainConfig(), LoraConfig())
@@ -59,13 +60,14 @@ def answer(
         "batch_size": settings.batch_size,
         "grad_accumulation_steps": accumulated,
     }
-    print("python -m mlx_gemma4.train", *(_flag(key, value) for key, value in words.items()))
+    flags = [word for key, value in words.items() for word in _flag(key, value)]
+    print("python -m mlx_gemma4.train", shlex.join(flags))
 
 
-def _flag(key: str, value: Any) -> str:
+def _flag(key: str, value: Any) -> list[str]:
     """One setting as a command line has it: `--lora-rank 4`, `--use-dora`."""
     values = value if isinstance(value, list) else [value]
-    return " ".join(["--" + key.replace("_", "-"), *(str(v) for v in values if v is not True)])
+    return ["--" + key.replace("_", "-"), *(str(v) for v in values if v is not True)]
 
 
 def _print_table(plan: Plan, wanted: StepSettings, memory: int) -> None:

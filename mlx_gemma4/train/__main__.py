@@ -8,11 +8,10 @@ the Python standard library: nothing is downloaded.
 
 from __future__ import annotations
 
-import dataclasses
+import shlex
 from collections.abc import Mapping
-from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..config import (
     DataConfig,
@@ -23,8 +22,12 @@ from ..config import (
     build,
     flatten,
     read_arguments,
+    read_yaml,
 )
 from ..errors import ConfigError, run_command
+
+if TYPE_CHECKING:
+    from .folder import RunFolder
 
 _PARTS = [
     Part(RunConfig, "what is read and written"),
@@ -38,13 +41,37 @@ _GROUPS = [part.group for part in _PARTS]
 def main(arguments: list[str] | None = None) -> None:
     settings, data_config, config, lora = _settings(arguments)
 
+    from .folder import claim
+    from .run import Run
+
+    with claim(settings.output, settings.resume) as folder:
+        of_lora = [lora] if config.fine_tune_type == "lora" else []
+        of_run = flatten(settings, data_config, config, *of_lora)
+        if not settings.resume:
+            folder.note({key: of_run[key] for key in of_run if key not in ("output", "resume")})
+        try:
+            _train(folder, settings, data_config, config, lora)
+        except KeyboardInterrupt:
+            print(f"to go on: {Run(output=folder.path).to_resume}", flush=True)
+            raise
+
+
+def _train(
+    folder: RunFolder,
+    settings: RunConfig,
+    data_config: DataConfig,
+    config: TrainConfig,
+    lora: LoraConfig,
+) -> None:
+    """Load, read, train and tell, in a folder that is claimed."""
     from ..data.dataset import read
     from ..gemma import load
     from ..memory.choose import fit_settings
     from . import embedded
     from .finetune import finetune
 
-    own, model, data_folder = settings.model is None, settings.model, settings.data
+    model, data_folder = settings.model, settings.data
+    own = model in (None, str(embedded.model_folder()))
     if own:
         print(
             "no --model given: training a small Gemma 4 made on this machine, on the docstrings "
@@ -52,10 +79,12 @@ def main(arguments: list[str] | None = None) -> None:
             "--model google/gemma-4-E2B-it --data my_data/",
             flush=True,
         )
-        model, docstrings = embedded.prepare()
-        data_folder = data_folder or docstrings
-    gemma = load(model)
+        base, docstrings = embedded.prepare()
+        model, data_folder = str(base), data_folder or str(docstrings)
+    gemma = load(str(model))
     print(gemma)
+    if config.verbose:
+        print(f"  shared K/V: {gemma.loaded.verdict}")
     if settings.fit:
         data_config, config = fit_settings(
             gemma.loaded.config, settings.fit, data_config, config, lora
@@ -66,31 +95,31 @@ def main(arguments: list[str] | None = None) -> None:
     data = read(data_folder, gemma, data_config)
     print(data)
     before = gemma.generate(embedded.PROMPT, max_tokens=40) if own else None
-    lora = lora if config.fine_tune_type == "lora" else None
-    run = finetune(gemma, data, config, lora=lora, output=settings.output, resume=settings.resume)
+    given = lora if config.fine_tune_type == "lora" else None
+    run = finetune(gemma, data, config, lora=given, output=folder)
     if own:
         print(f"asked:  {embedded.PROMPT}")
         print(f"before: {before!r}")
         print(f"after:  {gemma.generate(embedded.PROMPT, max_tokens=40)!r}")
-    _tell(run.summary, str(model))
+    _tell(run.summary, embedded.PROMPT if own else "...", config.verbose)
 
 
-def _tell(summary: Mapping[str, Any], model: str) -> None:
+def _tell(summary: Mapping[str, Any], prompt: str, verbose: bool) -> None:
     """What came of the run."""
     if summary["val_loss"] is not None:
         print(f"validation loss: {summary['val_loss_before']:.3f} -> {summary['val_loss']:.3f}")
     if summary["test_loss"] is not None:
         print(f"test loss: {summary['test_loss']:.3f}")
-    print(
-        f"peak memory: {summary['peak_memory_gb']:.3f} GB (forecast "
-        f"{summary['forecast_peak_gb']:.3f}), of which {summary['resident_before_gb']:.3f} GB were "
-        f"resident before the first step; the step was compiled {summary['compilations']} times"
-    )
-    print(
-        f"adapter: {summary['adapter']}\n"
-        f"try it: python -m mlx_gemma4.generate --model {model} "
-        f'--adapter {summary["adapter"]} --prompt "..."'
-    )
+    print(f"peak memory: {summary['peak_memory_gb']:.3f} GB")
+    if verbose:
+        print(
+            f"  forecast: {summary['forecast_peak_gb']:.3f} GB; resident before the first step: "
+            f"{summary['resident_before_gb']:.3f} GB; the step was compiled "
+            f"{summary['compilations']} times"
+        )
+    words = ["--model", summary["model"], "--adapter", summary["adapter"], "--prompt", prompt]
+    print(f"adapter: {summary['adapter']}")
+    print(f"try it: python -m mlx_gemma4.generate {shlex.join(words)}")
 
 
 def _settings(arguments: list[str] | None) -> tuple[Any, ...]:
@@ -101,7 +130,10 @@ def _settings(arguments: list[str] | None) -> tuple[Any, ...]:
         arguments,
         usage="[--model MODEL --data DATA] [--config FILE] [settings]",
         yaml_groups=_GROUPS,
+        merge=_over,
     )
+    if values.get("resume"):
+        values = _resumed(values)
     of_lora = sorted(values.keys() & flatten(LoraConfig()).keys())
     if values.get("fine_tune_type") == "full" and of_lora:
         raise ConfigError(
@@ -112,23 +144,46 @@ def _settings(arguments: list[str] | None) -> tuple[Any, ...]:
     if values.get("model") is None:
         from .embedded import DEFAULTS
 
-        replaced = {"iters"} if "epochs" in values else set()
-        values = {k: v for k, v in DEFAULTS.items() if k not in replaced} | values
+        values = _over(DEFAULTS, values)
     elif values.get("data") is None:
         raise ConfigError(
             f"--model is {values['model']} and --data is not given",
             wanted="a folder with train.jsonl, or a .jsonl file",
             do="give --data",
         )
-    settings, *rest = build(_GROUPS, values, "the flags")
-    if settings.output is None:
-        if settings.resume:
-            raise ConfigError(
-                "--resume without --output", wanted="the folder of the run", do="give --output"
-            )
-        free = next(name for name in map("runs/{}".format, count(1)) if not Path(name).exists())
-        settings = dataclasses.replace(settings, output=free)
-    return settings, *rest
+    return build(_GROUPS, values, "the flags")
+
+
+def _over(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Both, where the second wins; of iters and epochs one takes the other's place."""
+    length = {"iters", "epochs"}
+    replaced = length if any(over.get(key) is not None for key in length) else set()
+    return {**{key: value for key, value in under.items() if key not in replaced}, **over}
+
+
+def _resumed(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of the run in the output folder, and what is given beside them."""
+    if given.get("output") is None:
+        raise ConfigError(
+            "--resume without --output", wanted="the folder of the run", do="give --output"
+        )
+    path = Path(given["output"]) / "config.yaml"
+    if not path.is_file():
+        return dict(given)
+
+    from .checkpoint import require_same
+    from .finetune import may_change
+
+    saved = read_yaml(path)
+    values = _over(saved, given)
+    of_run = [build(_GROUPS, settings, str(path)) for settings in (saved, values)]
+    free = may_change(of_run[0][2]) | flatten(RunConfig()).keys() - {"model"}
+    then, now = (
+        {key: value for key, value in flatten(*settings).items() if key not in free}
+        for settings in of_run
+    )
+    require_same(then, now, path)
+    return values
 
 
 if __name__ == "__main__":

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ class Checkpoints:
     """
 
     def __init__(self, output: Path, keep: int, settings: Mapping[str, Any]):
+        self._output = output
         self._folder, self._adapter = output / "checkpoints", output / "adapter"
         self._keep, self._settings = keep, dict(settings)
 
@@ -60,7 +62,18 @@ class Checkpoints:
 
         Raises:
             AdapterError: weights are not finite; nothing is written then.
+            TrainingError: it cannot be written; those before it are as they were.
         """
+        with writing(self._folder / f"step-{progress.step:06d}", self.newest()):
+            return self._save(gemma, optimizer, progress, val_loss)
+
+    def _save(
+        self,
+        gemma: Gemma4,
+        optimizer: optim.Optimizer,
+        progress: Progress,
+        val_loss: float | None,
+    ) -> Path:
         final = self._folder / f"step-{progress.step:06d}"
         state = {
             "step": progress.step,
@@ -118,17 +131,15 @@ class Checkpoints:
                 wanted="a whole checkpoint",
                 do="remove that folder, to resume from the one before it",
             ) from None
-        changed = [
-            f"{key}: {saved.get(key)!r} then, {self._settings.get(key)!r} now"
-            for key in sorted({*saved, *self._settings})
-            if saved.get(key) != self._settings.get(key)
-        ]
-        if changed:
+        rows = "rows"
+        if rows in saved and saved[rows] != self._settings.get(rows):
             raise TrainingError(
-                f"settings differ from those of {checkpoint}:{listing(changed)}",
-                wanted="the settings that the run began with",
-                do="give those, or start a new run in another output folder",
+                f"the data holds other training rows than those that {checkpoint} learned from",
+                wanted="the same rows, whatever their file is called",
+                do="put the earlier file back, or start a new run with "
+                f"--config {shlex.quote(str(self._output / 'config.yaml'))}",
             )
+        require_same(saved, self._settings, checkpoint)
         wrong = mismatches(
             {**shapes_of(weights), **shapes_of(moments)},
             shapes_of({**flat(gemma.backbone.trainable_parameters()), **flat(optimizer.state)}),
@@ -164,3 +175,40 @@ class Checkpoints:
             with suppress(OSError, ValueError, KeyError, TypeError):
                 losses[path] = json.loads((path / "state.json").read_text())["val_loss"]
         return {path: loss for path, loss in losses.items() if isinstance(loss, float)}
+
+
+def require_same(then: Mapping[str, Any], now: Mapping[str, Any], where: Path) -> None:
+    """Refuse settings that differ from those that a run began with.
+
+    Raises:
+        TrainingError: with all that differ.
+    """
+    changed = [
+        f"{key}: {then.get(key)!r} then, {now.get(key)!r} now"
+        for key in sorted({*then, *now})
+        if then.get(key) != now.get(key)
+    ]
+    if changed:
+        raise TrainingError(
+            f"settings differ from those of {where}:{listing(changed)}",
+            wanted="the settings that the run began with",
+            do="give those, or start a new run in another output folder",
+        )
+
+
+@contextmanager
+def writing(path: Path, kept: Path | None = None) -> Iterator[None]:
+    """One error that names the file where a disk is full, or cannot be written for other reasons.
+
+    Args:
+        kept: the checkpoint that is whole in any case.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # MLX raises a RuntimeError
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise TrainingError(
+            f"cannot write {path}: {reason}" + (f"; {kept} is kept" if kept else ""),
+            wanted="a disk with room for it",
+            do="free some space, then resume",
+        ) from None

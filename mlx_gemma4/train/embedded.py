@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from typing import Any
 from ..config import DataConfig, TrainConfig
 from ..data import stdlib
 from ..data.dataset import read
+from ..data.read.files import hash_file
+from ..errors import ConfigError
 from ..gemma import load
 from ..model import tiny
-from ..storage import cache_folder, new_folder
+from ..storage import cache_folder, new_folder, read_json, write_text
 from .finetune import finetune
 
 PROMPT = "What does get_name(self) do?"
@@ -45,18 +48,49 @@ _BASE = TrainConfig(
     warmup_steps=10,
 )
 _BASE_LENGTH = 129
+_HASHES = "hashes.json"
 
 
-def prepare(cache: Path | None = None) -> tuple[Path, Path]:
-    """(model folder, data folder) in `cache`, built and trained if they are not there yet."""
+def model_folder(cache: Path | None = None) -> Path:
+    """Where the base lies in `cache`, once it is built."""
     # Changes with the text, the shapes and the training that the base is made of.
     made_of = [repr(_BASE), sys.version, inspect.getsource(tiny), inspect.getsource(stdlib)]
     fingerprint = hashlib.sha256("".join(made_of).encode()).hexdigest()[:12]
-    folder = (cache or cache_folder()) / f"tiny-{fingerprint}"
-    if not folder.exists():
-        with new_folder(folder) as partial:
-            _build(partial)
+    return (cache or cache_folder()) / f"tiny-{fingerprint}" / "model"
+
+
+def prepare(cache: Path | None = None) -> tuple[Path, Path]:
+    """(model folder, data folder) in `cache`, built and trained if they are not there whole.
+
+    Raises:
+        ConfigError: the cache cannot be written.
+    """
+    folder = model_folder(cache).parent
+    try:
+        if not _is_whole(folder):
+            with new_folder(folder) as partial:
+                _build(partial)
+                write_text(partial / _HASHES, json.dumps(_hashes(partial)))
+    except (OSError, ConfigError) as error:
+        raise ConfigError(
+            f"cannot write the cache {folder.parent}: {getattr(error, 'found', error)}",
+            wanted="a folder to write to",
+            do="set MLX_GEMMA4_CACHE to another folder",
+        ) from None
     return folder / "model", folder / "data"
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether every file is as it was written."""
+    try:
+        return read_json(folder / _HASHES) == _hashes(folder)
+    except (OSError, ValueError):
+        return False
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != _HASHES)
+    return {str(path.relative_to(folder)): hash_file(path) for path in files}
 
 
 def _build(folder: Path) -> None:

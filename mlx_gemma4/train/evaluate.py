@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 
@@ -23,13 +23,15 @@ def evaluate(
     data: DataConfig = DataConfig(),
     config: TrainConfig = TrainConfig(),
     objective: Objective = sft,
-) -> float:
+    stopped: Callable[[], bool] = lambda: False,
+) -> float | None:
     """The objective's loss over its count: with `sft`, nats per target token.
 
     Args:
         examples: all are read, or those of the first `val_batches` batches.
         data: gives the length of packed rows.
         config: gives the batch size, and whether rows are packed.
+        stopped: asked before every batch; the loss is None once it says so.
     """
     gemma.backbone.eval()
     order = BatchOrder.of(examples, data.max_seq_length, config.batch_size, config.packing)
@@ -37,6 +39,8 @@ def evaluate(
     options = StepOptions(attention=config.attention)
     loss, count = mx.zeros(()), mx.zeros(())
     for _, (batch,) in prepared(gemma, examples, batches):
+        if stopped():
+            return None
         sums = objective(batch_log_probs(gemma, batch, options, gradient=False), batch)
         # The graph of a batch is built while the one before it is computed.
         mx.eval(loss, count)

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.optimizers as optim
-import yaml
+import numpy as np
 
 from ..config import LoraConfig, TrainConfig, flatten
 from ..data.batch.order import BatchOrder
 from ..data.dataset import Dataset
+from ..data.example import Examples
 from ..errors import DataError, TrainingError
 from ..gemma import Gemma4
 from ..lora.attach import adapted_modules
@@ -27,18 +28,19 @@ from ..objectives import Objective
 from ..objectives.sft import sft
 from ..storage import write_text
 from .budget import run_memory
-from .checkpoint import Checkpoints
+from .checkpoint import Checkpoints, writing
+from .console import Console
 from .evaluate import evaluate
+from .folder import METRICS, SUMMARY, RunFolder, claim
+from .interrupt import interruptible
 from .optim import make_optimizer
 from .prefetch import Progress, training_steps
-from .run import Callback, Console, MetricsFile, Run
+from .run import Callback, MetricsFile, Run, read_metrics
 from .trainer import Trainer
 
-# Settings that a resumed run may change without becoming another run; at a constant learning
-# rate it may become longer too.
 _FREE_ON_RESUME = {
     *("learning_rate", "rematerialize", "memory", "attention"),
-    *("report_every", "eval_every", "val_batches", "save_every", "keep_checkpoints"),
+    *("report_every", "eval_every", "val_batches", "save_every", "keep_checkpoints", "verbose"),
 }
 
 
@@ -49,7 +51,7 @@ def finetune(
     *,
     lora: LoraConfig | None = None,
     objective: Objective = sft,
-    output: str | Path | None = None,
+    output: str | Path | RunFolder | None = None,
     resume: bool = False,
     callbacks: Sequence[Callback] = (),
     console: bool = True,
@@ -60,21 +62,27 @@ def finetune(
         lora: what is adapted; by default the LoRA that the model carries, or LoraConfig().
         objective: what is minimised, as in `mlx_gemma4.objectives`.
         output: folder for all that a run writes; None keeps it in memory.
-        resume: go on from the newest checkpoint in `output`.
+        resume: go on from the newest checkpoint in `output`; from the start if it has none yet.
         callbacks: told of progress, beside the console.
-        console: whether to print what trains, and show a bar on a terminal.
+        console: whether to print what trains and a line a report, with a bar on a terminal.
 
     Raises:
         DataError, TrainingError: no examples, a loss that is not finite, an output folder that
-            holds another run, a checkpoint that does not fit, `lora` for a full fine-tuning.
+            holds another run or is in use, a checkpoint that does not fit, a full disk, `lora` for
+            a full fine-tuning.
+        KeyboardInterrupt: Ctrl-C, once the run has ended its step and saved.
     """
     if not data.train:
         raise DataError("there are no training examples", wanted="some", do="read another file")
     if wrong := [callback for callback in callbacks if not isinstance(callback, Callback)]:
         kind = "a subclass of mlx_gemma4.Callback"
         raise TrainingError(f"{wrong[0]!r} is no Callback", wanted=kind, do=f"make it {kind}")
-    folder = Path(output) if output else None
-    newest = _claim(folder, resume) if folder else None
+    if output is not None and not isinstance(output, RunFolder):
+        with claim(output, resume) as folder:
+            return finetune(
+                gemma, data, config, lora=lora, objective=objective, output=folder,
+                callbacks=callbacks, console=console,
+            )  # fmt: skip
     _prepare(gemma, config, lora)
     order = BatchOrder.of(
         data.train, data.config.max_seq_length, config.batch_size, config.packing, config.seed
@@ -82,12 +90,16 @@ def finetune(
     total = _total_steps(order, config)
     optimizer = make_optimizer(config, total, gemma.backbone.trainable_parameters())
     layers, memory, note = run_memory(gemma, data.train, config, order, optimizer, objective)
-    run = Run(gemma, [note, *filter(None, data.facts.prompts)], output=folder)
-    checkpoints, progress = _checkpoints(run, data, config, optimizer, newest)
+    run = Run(
+        gemma, [note, *filter(None, data.facts.prompts)], output=output.path if output else None
+    )
+    checkpoints, progress = _checkpoints(run, data, config, optimizer, output)
     listeners = [Console()] * console + [*callbacks]
-    if folder:
-        listeners.append(MetricsFile(folder / "metrics.jsonl"))
-    validate = partial(evaluate, gemma, data.valid, data.config, config, objective)
+    if output:
+        (output.path / SUMMARY).unlink(missing_ok=True)  # of an earlier end
+        listeners.append(MetricsFile(output.path / METRICS))
+    stopped = partial(getattr, run, "interrupted")
+    validate = partial(evaluate, gemma, data.valid, data.config, config, objective, stopped)
     trainer = Trainer(
         gemma,
         training_steps(gemma, data.train, order, progress, total, config.grad_accumulation_steps),
@@ -103,7 +115,8 @@ def finetune(
     resident, started = mx.get_active_memory(), time.perf_counter()
     cache_limit = mx.set_cache_limit(memory.step // 2)
     try:
-        trainer.train(total)
+        with interruptible(run):
+            trainer.train(total)
     finally:
         mx.set_cache_limit(cache_limit)
     run.summary = _summary(run, data, config, objective) | {
@@ -113,58 +126,46 @@ def finetune(
         "rematerialized_layers": layers,
         "forecast_peak_gb": memory.peak / 1e9,
     }
-    if folder:
-        write_text(folder / "summary.json", json.dumps(run.summary, indent=2) + "\n")
+    if output:
+        with writing(output.path / SUMMARY):
+            write_text(output.path / SUMMARY, json.dumps(run.summary, indent=2) + "\n")
+    if run.interrupted:
+        raise KeyboardInterrupt
     return run
 
 
 def _checkpoints(
-    run: Run, data: Dataset, config: TrainConfig, optimizer: optim.Optimizer, newest: Path | None
+    run: Run,
+    data: Dataset,
+    config: TrainConfig,
+    optimizer: optim.Optimizer,
+    folder: RunFolder | None,
 ) -> tuple[Checkpoints | None, Progress]:
     """Where the run saves, and where it begins: at the newest checkpoint, if there is one."""
-    if run.output is None:
+    if folder is None:
         return None, Progress()
     settings = flatten(config, data.config, *([run.gemma.lora] if run.gemma.lora else []))
     settings |= {"model": run.gemma.name, "data": data.source}
-    # A schedule that falls ends with the run.
-    free = _FREE_ON_RESUME | ({"iters", "epochs"} if config.lr_schedule == "constant" else set())
+    free = may_change(config)
     fixed = {key: value for key, value in settings.items() if key not in free}
-    fixed["examples"] = len(data.train)
-    checkpoints, progress = Checkpoints(run.output, config.keep_checkpoints, fixed), Progress()
+    digests = Examples.of(data.train).digests
+    fixed["rows"] = hashlib.sha256(np.ascontiguousarray(digests).tobytes()).hexdigest()[:16]
+    checkpoints, progress = Checkpoints(folder.path, config.keep_checkpoints, fixed), Progress()
     run.notes.append(checkpoints.note(run.gemma, optimizer))
-    if newest:
-        progress = checkpoints.restore(newest, run.gemma, optimizer)
+    if folder.newest:
+        progress = checkpoints.restore(folder.newest, run.gemma, optimizer)
         run.step = progress.step
-        run.history = _read_metrics(run.output / "metrics.jsonl", run.step)
-    settings["output"] = str(run.output)
-    write_text(run.output / "config.yaml", yaml.safe_dump(settings))
+        reports = read_metrics(folder.path / METRICS)
+        run.history = [report for report in reports if report["step"] <= run.step]
+    folder.note(settings)
     return checkpoints, progress
 
 
-def _claim(output: Path, resume: bool) -> Path | None:
-    """Make the output folder, or find the checkpoint of the run that it holds."""
-    newest = Checkpoints(output, 1, {}).newest()
-    if resume and newest is None:
-        raise TrainingError(
-            f"{output} has no checkpoint to resume from",
-            wanted="the output folder of an earlier run",
-            do="check the output folder, or start without resume",
-        )
-    if not resume and (newest is not None or (output / "metrics.jsonl").exists()):
-        raise TrainingError(
-            f"{output} holds a run",
-            wanted="a new output folder, so that nothing is lost",
-            do="name another output folder, or resume",
-        )
-    try:
-        (output / "checkpoints").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise TrainingError(
-            f"cannot make the folder {output}: {error}",
-            wanted="a folder to write to",
-            do="name another output folder",
-        ) from None
-    return newest
+def may_change(config: TrainConfig) -> set[str]:
+    """Settings that a run which resumes may change; at a constant rate it may become longer too."""
+    # A schedule that falls ends with the run.
+    length = {"iters", "epochs"} if config.lr_schedule == "constant" else set()
+    return _FREE_ON_RESUME | length | {"data"}
 
 
 def _prepare(gemma: Gemma4, config: TrainConfig, lora: LoraConfig | None) -> None:
@@ -190,22 +191,15 @@ def _total_steps(order: BatchOrder, config: TrainConfig) -> int:
     return max(1, math.ceil(batches / config.grad_accumulation_steps))
 
 
-def _read_metrics(path: Path, last_step: int) -> list[dict[str, Any]]:
-    """The reports up to a step; a line that was cut short when the run was stopped is left out."""
-    reports = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with suppress(ValueError):
-            reports.append(json.loads(line))
-    return [report for report in reports if report["step"] <= last_step]
-
-
 def _summary(run: Run, data: Dataset, config: TrainConfig, objective: Objective) -> dict[str, Any]:
     trained, validated = (
         [report[key] for report in run.history if report[key] is not None]
         for key in ("loss", "val_loss")
     )
     trainable = flat(run.gemma.backbone.trainable_parameters())
-    test = evaluate(run.gemma, data.test, data.config, config, objective) if data.test else None
+    test = None
+    if data.test and not run.interrupted:
+        test = evaluate(run.gemma, data.test, data.config, config, objective)
     return {
         "model": run.gemma.name,
         "data": data.source,

@@ -9,42 +9,86 @@ class StopAtNight(Callback):
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import shlex
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
+from ..config import read_yaml
+from ..errors import TrainingError
 from ..export import export
 from ..extras import import_extra
-from ..gemma import Gemma4
-from ..lora.attach import adapted_modules
-from ..model.names import flat
+from ..gemma import Gemma4, load
+from ..storage import read_json
+from .checkpoint import writing
+from .folder import CONFIG, METRICS, SUMMARY, is_run, is_running
 
 
-@dataclass(repr=False)
 class Run:
-    """A run, from its start on.
+    """A run, from its start on; `Run.open` finds one in its output folder.
 
     Attributes:
-        gemma: the model that trains.
         notes: what there is to say before the first step: memory, space for checkpoints.
         history: one entry a report, as in metrics.jsonl.
         summary: as in summary.json; empty while the run goes on.
         output: the output folder, if one was given.
         step: steps done.
         stopped: why the run ended before its last step, if it did.
+        interrupted: whether that was Ctrl-C: it saves, and evaluates nothing.
     """
 
-    gemma: Gemma4
-    notes: list[str] = field(default_factory=list)
-    history: list[dict[str, Any]] = field(default_factory=list)
-    summary: dict[str, Any] = field(default_factory=dict)
-    output: Path | None = None
-    step: int = 0
-    stopped: str | None = None
+    def __init__(
+        self,
+        gemma: Gemma4 | None = None,
+        notes: Sequence[str] = (),
+        *,
+        output: Path | None = None,
+    ):
+        if gemma is not None:
+            self.gemma = gemma
+        self.notes, self.output = list(notes), output
+        self.history: list[dict[str, Any]] = []
+        self.summary: dict[str, Any] = {}
+        self.stopped: str | None = None
+        self.step, self.interrupted = 0, False
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Run:
+        """A run in its output folder, finished, stopped or going on; no model is loaded.
+
+        Raises:
+            TrainingError: the folder holds no run.
+        """
+        folder = Path(folder).expanduser()
+        if not is_run(folder):
+            wanted = "the output folder of a run, such as runs/1"
+            raise TrainingError(f"{folder} holds no run", wanted=wanted, do="check the path")
+        run = cls(output=folder)
+        run.history = read_metrics(folder / METRICS)
+        with suppress(OSError, ValueError):
+            run.summary = dict(read_json(folder / SUMMARY))
+        run.step = max([m["step"] for m in run.history], default=0)
+        run.stopped = run.summary.get("stopped")
+        if not run.summary and not is_running(folder):
+            run.stopped = "before its end"
+        return run
+
+    @cached_property
+    def gemma(self) -> Gemma4:
+        """The model that trains; that of a reopened run is loaded when it is first asked for."""
+        folder = self.output or Path()
+        adapter = folder / "adapter"
+        if not adapter.is_dir():
+            found, wanted = f"{folder} has no checkpoint", "a run that has saved one"
+            raise TrainingError(found, wanted=wanted, do=f"let it go on: {self.to_resume}")
+        return load(read_yaml(folder / CONFIG)["model"], adapter=adapter)
+
+    @property
+    def to_resume(self) -> str:
+        """The command that goes on with the run."""
+        return f"python -m mlx_gemma4.train --resume --output {shlex.quote(str(self.output))}"
 
     def stop(self, reason: str) -> None:
         """End the run after the step that it is in; it is evaluated and saved first.
@@ -90,6 +134,8 @@ class Run:
         lines = [f"run of {self.step} steps, {state}"]
         if self.stopped:
             lines.append(f"  stopped:         {self.stopped}")
+            if self.output:
+                lines.append(f"  to go on:        {self.to_resume}")
         if losses:
             lines.append(f"  validation loss: {losses[0]:.3f} -> {losses[-1]:.3f}")
         if self.output:
@@ -124,37 +170,6 @@ class Callback:
         """The run is over, was stopped, or failed."""
 
 
-class Console(Callback):
-    """Says what trains, then a progress bar on a terminal; evaluations are printed anywhere."""
-
-    _bar: tqdm
-
-    def start(self, run: Run, step: int, total: int) -> None:
-        super().start(run, step, total)
-        print(_what_trains(run.gemma), *run.notes, sep="\n", flush=True)
-        self._bar = tqdm(
-            initial=step, total=total, unit="step", disable=None, dynamic_ncols=True, leave=False
-        )
-
-    def advance(self, step: int, loss: float) -> None:
-        self._bar.update()
-
-    def report(self, metrics: Mapping[str, Any]) -> None:
-        if metrics["val_loss"] is not None:
-            tqdm.write(f"step {metrics['step']}: validation loss {metrics['val_loss']:.3f}")
-            sys.stdout.flush()
-        if metrics["loss"] is not None:
-            self._bar.set_postfix_str(
-                f"loss {metrics['loss']:.3f}, {metrics['tokens_per_second']:,.0f} tokens/s, "
-                f"{metrics['peak_memory_gb']:.2f} GB"
-            )
-
-    def end(self) -> None:
-        self._bar.close()
-        if self.run.stopped:
-            print(f"stopped after step {self.run.step}: {self.run.stopped}", flush=True)
-
-
 class MetricsFile(Callback):
     """metrics.jsonl: a JSON object a report, written at once.
 
@@ -167,17 +182,18 @@ class MetricsFile(Callback):
     def start(self, run: Run, step: int, total: int) -> None:
         super().start(run, step, total)
         kept = run.history if step else []
-        self._path.write_text("".join(json.dumps(metrics) + "\n" for metrics in kept))
+        with writing(self._path):
+            self._path.write_text("".join(json.dumps(metrics) + "\n" for metrics in kept))
 
     def report(self, metrics: Mapping[str, Any]) -> None:
-        with self._path.open("a") as file:
+        with writing(self._path), self._path.open("a") as file:
             file.write(json.dumps(metrics) + "\n")
 
 
-def _what_trains(gemma: Gemma4) -> str:
-    count = sum(value.size for value in flat(gemma.backbone.trainable_parameters()).values())
-    modules = adapted_modules(gemma.backbone)
-    if not modules:
-        return f"training {count:,} parameters: every weight of the language model"
-    kinds = ", ".join(f"{number} {path}" for path, number in sorted(modules.items()))
-    return f"training {count:,} parameters: LoRA on {kinds}"
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The reports in metrics.jsonl, but a line that was cut short when the run was stopped."""
+    reports = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with suppress(ValueError):
+            reports.append(json.loads(line))
+    return reports

@@ -51,7 +51,7 @@ class Trainer:
         objective: Objective = sft,
         *,
         callbacks: Sequence[Callback] = (),
-        validate: Callable[[], float] | None = None,
+        validate: Callable[[], float | None] | None = None,
         checkpoints: Checkpoints | None = None,
         options: StepOptions = StepOptions(),
         config: TrainConfig = TrainConfig(),
@@ -76,16 +76,19 @@ class Trainer:
         try:
             if not run.step:
                 self._report(self.validate() if self.validate else None)
+            self._meter.resume()
             for step in self.steps:
                 self._take(step)
                 last = run.step == total or run.stopped is not None
                 evaluated = last or run.step % config.eval_every == 0
-                val_loss = self.validate() if self.validate and evaluated else None
+                validate = self.validate if evaluated and not run.interrupted else None
+                val_loss = validate() if validate else None
                 if evaluated or run.step % config.report_every == 0:
                     self._report(val_loss)
                 self._save(step.progress, val_loss, last)
                 if last:
                     break
+                self._meter.resume()
         finally:
             self.gemma.backbone.eval()
             for callback in self.callbacks:
@@ -133,19 +136,25 @@ class Trainer:
 
 
 class _Meter:
-    """Sums since the last report; tokens are those of the examples, without padding."""
+    """Sums since the last report; tokens are those of the examples, without padding.
+
+    Seconds are those of training alone: from `resume`, before a step is fetched, to its `add`.
+    """
 
     def __init__(self) -> None:
         self._loss, self._count, self._tokens = 0.0, 0.0, 0
         self._norm: float | None = None
         self._metrics: defaultdict[str, float] = defaultdict(float)
-        self._since, self._seconds = time.perf_counter(), 0.0
+        self._since, self._seconds = 0.0, 0.0
+
+    def resume(self) -> None:
+        self._since = time.perf_counter()
 
     def add(self, sums: Sums, norm: mx.array | None, tokens: int) -> None:
         self._loss += float(sums.loss)
         self._count += float(sums.count)
         self._tokens += tokens
-        self._seconds = time.perf_counter() - self._since
+        self._seconds += time.perf_counter() - self._since
         self._norm = None if norm is None else float(norm)
         for name, value in sums.metrics.items():
             self._metrics[name] += float(value)

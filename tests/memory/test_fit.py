@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import time
 from dataclasses import replace
@@ -125,6 +126,23 @@ def test_the_printed_command_is_one(tiny, tmp_path, capsys, monkeypatch):
     run, _, training, lora = _settings(words[3:])
     assert run.model == str(tiny) and lora.rank == 4
     assert training.batch_size == 4 and training.memory == "1GB"
+
+
+def test_the_printed_command_can_be_pasted(tiny, tmp_path, capsys):
+    """Paths with spaces are quoted."""
+    from mlx_gemma4.train.__main__ import _settings
+
+    folder = tmp_path / "my model; old"
+    folder.mkdir()
+    shutil.copy(tiny / "config.json", folder)
+    main([str(folder), "--memory", "1GB", "--no-table"])
+    words = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert _settings(words[3:])[0].model == str(folder)
+    # Weights that do not fit as they are stored have a command before that one.
+    tight = ["--memory", "1.2MB", "--max-seq-length", "32", "--lora-rank", "1"]
+    main([str(folder), "--no-table", *tight])
+    first = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("first: "))
+    assert shlex.split(first)[3] == str(folder)
 
 
 def test_defaults_are_those_of_train(tiny, capsys):

@@ -178,6 +178,7 @@ def test_the_output_folder(tiny, data, tmp_path):
         "summary.json",
         "config.yaml",
     }
+    assert (tmp_path / "out" / "lock").is_file()
 
 
 def test_a_line_of_metrics_a_report(tiny, data, tmp_path):
@@ -241,7 +242,7 @@ def test_the_resolved_config_reads_back_as_the_same_settings(tiny, data, tmp_pat
         [RunConfig, g4.DataConfig, g4.TrainConfig, g4.LoraConfig], read_yaml(path), str(path)
     )
     assert rest == [data.config, settings(iters=1), LORA]
-    assert run == RunConfig(model=str(tiny), data=data.source, output=str(tmp_path / "out"))
+    assert run == RunConfig(model=str(tiny), data=data.source)
 
 
 def test_a_run_without_an_output_folder_writes_nothing(tiny, data, tmp_path, monkeypatch):
@@ -514,7 +515,7 @@ def test_resuming_with_other_settings_lists_them_and_changes_nothing(tiny, data,
 
 def test_resuming_with_other_data_is_refused(tiny, data, stopped):
     data.train = data.train[:4]
-    with pytest.raises(g4.TrainingError, match="examples: 5 then, 4 now"):
+    with pytest.raises(g4.TrainingError, match="the data holds other training rows"):
         train(tiny, data, stopped, resume=True)
 
 
@@ -625,8 +626,10 @@ def test_a_crash_while_saving_leaves_the_older_checkpoint_whole(
 
     with monkeypatch.context() as patch:
         fail_at(patch, owner, name, part)
-        with pytest.raises(OSError, match="no space left"):
+        with pytest.raises(g4.TrainingError, match="no space left") as error:
             train(tiny, data, out, callbacks=[Hook(6, remember)])
+    assert "step-000010: no space left" in error.value.found
+    assert "step-000005 is kept" in error.value.found
     now = snapshot(out)
     assert {name: now[name] for name in kept if name != "metrics.jsonl"} == {
         name: kept[name] for name in kept if name != "metrics.jsonl"
