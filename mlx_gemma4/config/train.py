@@ -30,6 +30,9 @@ class TrainConfig(Settings):
     optimizer: Literal["adam", "adamw", "adafactor", "lion", "muon", "sgd"] = setting(
         "adam", "from mlx.optimizers"
     )
+    bias_correction: bool = setting(
+        True, "correct Adam's and AdamW's averages for their start; mlx-lm trains without"
+    )
     learning_rate: float = setting(1e-4, "the optimizer's learning rate", at_least=0.0)
     lr_schedule: Literal["constant", "linear", "cosine"] = setting(
         "constant", "how the learning rate falls over the run"

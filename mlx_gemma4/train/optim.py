@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -26,9 +27,10 @@ def make_optimizer(config: TrainConfig, total_steps: int, parameters: Any) -> op
         parameters: the tree of what trains.
     """
     rate, decay = make_schedule(config, total_steps), config.weight_decay
-    make = _MAKERS[config.optimizer]
+    make = partial(_MAKERS[config.optimizer], corrected=config.bias_correction)
+    adamw = partial(_adamw, corrected=config.bias_correction)
     if config.optimizer == "muon":
-        optimizer = _grouped(make(rate, decay), _adamw(rate, 0.0), _is_hidden_matrix, parameters)
+        optimizer = _grouped(make(rate, decay), adamw(rate, 0.0), _is_hidden_matrix, parameters)
     elif not decay:
         optimizer = make(rate, 0.0)
     else:
@@ -66,21 +68,22 @@ def make_schedule(config: TrainConfig, total_steps: int) -> Schedule:
     return schedule
 
 
-def _adamw(rate: Schedule, decay: float) -> optim.Optimizer:
-    return optim.AdamW(rate, weight_decay=decay, bias_correction=True)
+def _adamw(rate: Schedule, decay: float, corrected: bool) -> optim.Optimizer:
+    return optim.AdamW(rate, weight_decay=decay, bias_correction=corrected)
 
 
-_MAKERS: dict[str, Callable[[Schedule, float], optim.Optimizer]] = {
-    "adam": lambda rate, decay: optim.Adam(rate, bias_correction=True),
+_MAKERS: dict[str, Callable[..., optim.Optimizer]] = {
+    "adam": lambda rate, decay, corrected: optim.Adam(rate, bias_correction=corrected),
     "adamw": _adamw,
-    "adafactor": lambda rate, decay: optim.Adafactor(
+    "adafactor": lambda rate, decay, corrected: optim.Adafactor(
         rate, weight_decay=decay, relative_step=False, scale_parameter=False
     ),
-    "lion": lambda rate, decay: optim.Lion(rate, weight_decay=decay),
-    "muon": lambda rate, decay: optim.Muon(rate, weight_decay=decay),
-    "sgd": lambda rate, decay: optim.SGD(rate, weight_decay=decay),
+    "lion": lambda rate, decay, corrected: optim.Lion(rate, weight_decay=decay),
+    "muon": lambda rate, decay, corrected: optim.Muon(rate, weight_decay=decay),
+    "sgd": lambda rate, decay, corrected: optim.SGD(rate, weight_decay=decay),
 }
-"""By name; `scale_parameter` off makes Adafactor's rate the one that was asked for."""
+"""By name, of the rate, the weight decay and whether averages are corrected. `scale_parameter` off
+makes Adafactor's rate the one that was asked for."""
 
 
 def _decays(name: str, parameter: Any) -> bool:

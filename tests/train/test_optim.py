@@ -132,3 +132,19 @@ def test_learning_rates(schedule, warmup, floor, rates):
 def test_a_floor_above_the_rate_is_refused():
     with pytest.raises(g4.ConfigError, match=r"min_learning_rate is 0.01"):
         g4.TrainConfig(learning_rate=1e-3, min_learning_rate=1e-2)
+
+
+def test_without_bias_correction_updates_are_those_of_mlx_lms_adam():
+    parameters, grad = {"w": mx.ones((2, 2))}, {"w": mx.full((2, 2), 0.3)}
+    for corrected in (True, False):
+        config = g4.TrainConfig(learning_rate=0.1, bias_correction=corrected)
+        ours = make_optimizer(config, 10, parameters)
+        plain = optim.Adam(0.1, bias_correction=corrected)
+        moved, wanted = parameters, parameters
+        for _ in range(3):
+            moved, wanted = ours.apply_gradients(grad, moved), plain.apply_gradients(grad, wanted)
+        assert mx.allclose(moved["w"], wanted["w"])
+        first = 1 - float(
+            make_optimizer(config, 10, parameters).apply_gradients(grad, parameters)["w"][0, 0]
+        )
+        assert first == pytest.approx(0.1 if corrected else 0.1 * 0.1 / 0.001**0.5, rel=1e-3)
