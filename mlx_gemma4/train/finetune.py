@@ -130,7 +130,7 @@ def finetune(
         with writing(output.path / SUMMARY):
             write_text(output.path / SUMMARY, json.dumps(run.summary, indent=2) + "\n")
     if run.interrupted:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(repr(run))  # which says how to go on
     return run
 
 

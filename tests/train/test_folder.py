@@ -231,7 +231,7 @@ def test_a_run_that_does_not_begin_leaves_nothing(tiny, rows, tmp_path):
 
 
 def test_ctrl_c_ends_the_step_saves_and_evaluates_nothing(tiny, rows, finished, tmp_path):
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="to go on: "):
         train(tiny, rows, tmp_path / "out", callbacks=[After(3, press_ctrl_c)], save_every=100)
     checkpoints = sorted(path.name for path in (tmp_path / "out" / "checkpoints").iterdir())
     assert checkpoints[-1] == "step-000003"
