@@ -195,3 +195,8 @@ def test_help_shows_every_way_to_ask(capsys):
     shown = capsys.readouterr().out
     for word in ("--thinking", "--tools", "--conversation", "/new", "/quit", "--adapter runs/1"):
         assert word in shown
+
+
+def test_a_prompt_keeps_its_commas(run, asked):
+    call("--adapter", run.output, "--prompt", "one, two", "three,four")
+    assert [prompt for prompt, _ in asked] == ["one, two", "three,four"]

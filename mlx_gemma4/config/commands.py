@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -42,7 +43,7 @@ class GenerateConfig(Settings):
     adapter: str | None = setting(
         None, "a run's folder, such as runs/1, one of its checkpoints, or any adapter folder"
     )
-    prompt: tuple[str, ...] | None = setting(
+    prompt: Sequence[str] | None = setting(
         None, "what the user says; several are answered one by one, each without the others"
     )
     conversation: str | None = setting(

@@ -80,6 +80,12 @@ def _coerce(value: Any, kind: Any, key: str) -> Any:
         if value in options:
             return value
         wanted = "one of " + ", ".join(map(str, options))
+    elif origin is Sequence:
+        if isinstance(value, str):
+            value = [value]
+        if isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):
+            return [*value]
+        wanted = "texts"
     elif origin in (tuple, Mapping):
         if isinstance(value, str):
             value = value.replace(",", " ").split()
@@ -241,6 +247,8 @@ def _add_flags(parser: argparse.ArgumentParser, part: Part) -> None:
             options["action"] = argparse.BooleanOptionalAction
         elif origin is Literal:
             options.update(choices=choices, type=type(choices[0]))
+        elif origin is Sequence:
+            options.update(nargs="+", metavar="TEXT")
         elif origin in (tuple, Mapping):
             options.update(nargs="+", metavar="NAME" if origin is tuple else "NAME=VALUE")
         else:

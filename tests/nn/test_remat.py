@@ -132,6 +132,7 @@ def test_a_layer_in_pieces_is_the_same_layer(checkpoints, shape, monkeypatch, fi
     if fine_tune_type == "full":
         gemma.train_all()
     else:
+        mx.random.seed(0)
         gemma.add_lora(g4.LoraConfig(rank=4))
         make_lora_nonzero(gemma)
     batch = g4.Batch.from_tokens(some_tokens(gemma.plan.vocab_size))

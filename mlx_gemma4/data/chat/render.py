@@ -94,7 +94,7 @@ def render(row: Row, tokenizer: Any, thinking: str, ends: tuple[str, str]) -> Re
     if thoughts:
         messages = [_for_template(turn) if keeps else without_reasoning(turn) for turn in messages]
     tools = list(row.tools) or None
-    options: dict[str, Any] = {"tools": tools, **({"enable_thinking": True} if keeps else {})}
+    options: dict[str, Any] = {"tools": tools, "enable_thinking": keeps}
     text = apply_template(tokenizer, messages, options)
     quoted = _quoted_markers(tokenizer, messages, options, text)
     _require_all(row, text, quoted)
