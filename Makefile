@@ -15,8 +15,10 @@ PIP := -m pip --disable-pip-version-check --quiet
 LLAMA_CPP_PYTHON := 0.3.36
 LLAMA_CPP := $(VENV)-gguf/llama_cpp_python-$(LLAMA_CPP_PYTHON)/vendor/llama.cpp
 
-# Two processes, each with whole files: their models are made once.
+# Two processes, each with whole files: their models are made once. Each has one thread of BLAS, or
+# they would wait for each other's.
 TWO := -n 2 --dist loadfile
+ALONE := OPENBLAS_NUM_THREADS=1 $(FAST)
 # What other versions of MLX, mlx-lm, mlx-vlm and transformers can change: loading, the capability
 # gate, the forward and its gradients, LoRA layers, chat templates, the proofs of exports, and
 # answers after a training run (tests/model/test_generation.py).
@@ -30,10 +32,10 @@ demo: $(VENV)/installed
 	$(FAST) $(VENV)/bin/python -m mlx_gemma4.train
 
 test: $(VENV)/installed-test
-	$(FAST) $(VENV)/bin/python -m pytest $(TWO) --ignore=tests/parity
+	$(ALONE) $(VENV)/bin/python -m pytest $(TWO) --ignore=tests/parity
 
 legacy: $(VENV)-legacy/installed
-	$(FAST) $(VENV)-legacy/bin/python -m pytest $(TWO) $(OLDEST)
+	$(ALONE) $(VENV)-legacy/bin/python -m pytest $(TWO) $(OLDEST)
 
 parity: $(VENV)-parity/installed $(VENV)-legacy/installed-parity
 	$(FAST) $(VENV)-parity/bin/python -m pytest tests/parity
