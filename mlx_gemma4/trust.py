@@ -1,7 +1,7 @@
 """The trust boundary: a folder that comes in is looked at here before anything else reads it.
 
-Models, adapters and checkpoints are made by strangers, and the libraries that load them have ways
-to run code that a folder brings along. Nothing of Gemma 4 needs that, so such a folder is refused.
+Models, adapters, checkpoints and rows are made by strangers, and the libraries that load models
+have ways to run code that a folder brings along. Nothing of Gemma 4 needs that: it is refused.
 """
 
 from __future__ import annotations

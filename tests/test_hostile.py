@@ -280,6 +280,10 @@ USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content"
 
 DATASETS: dict[str, Change] = {
     "a linked file": link("train.jsonl"),
+    "linked rows": both(
+        link("train.jsonl"),
+        lambda folder: (folder.parent / "outside.txt").write_text('{"text": "rows elsewhere"}\n'),
+    ),
     "an empty file": put("train.jsonl", ""),
     "blank lines": put("train.jsonl", "\n\n\n"),
     "binary": put("train.jsonl", bytes(range(256)) * 10),

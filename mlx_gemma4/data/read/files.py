@@ -15,6 +15,7 @@ from typing import IO
 
 from ...errors import DataError, listing
 from ...extras import import_extra
+from ...trust import require_inside
 from .records import Raw, csv_rows, json_values, lines, parquet_rows
 
 SPLITS = ("train", "valid", "test")
@@ -142,7 +143,8 @@ def find_files(source: str | Path) -> dict[str, list[DataFile]]:
 
     A split is one file or several (`train-00000-of-00002.parquet`); see SPLIT_NAMES for its names.
 
-    A DataError refuses a path that is neither, no train file, and a split in two formats.
+    A DataError refuses a path that is neither, no train file, a split in two formats, and a link
+    out of the folder.
     """
     source = Path(source).expanduser()
     if source.is_file():
@@ -156,6 +158,7 @@ def find_files(source: str | Path) -> dict[str, list[DataFile]]:
     splits: dict[str, list[re.Match]] = {split: [] for split in SPLITS}
     for path in paths:
         if (match := _NAME.fullmatch(path.name)) and not path.is_dir():
+            require_inside(path, source, DataError)
             splits[SPLIT_NAMES[match[1]]].append(match)
     if not splits["train"]:
         held = ", ".join(path.name for path in paths[:10]) or "nothing"
