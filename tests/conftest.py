@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -54,3 +55,5 @@ def _no_network(monkeypatch):
 
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Where tests run in a shell's background, Ctrl-C is ignored; some send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
