@@ -10,9 +10,25 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from mlx_gemma4.data.chat.formats import Row
 from mlx_gemma4.model.tiny import CHAT_TEMPLATE
 
 Piece = tuple[str, str | None]
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": "two"}}}
+AGENT = (
+    {"role": "user", "content": "What is 1 + 2?"},
+    {"role": "assistant", "content": "", "reasoning": "I add.", "tool_calls": [CALL]},
+    {"role": "tool", "name": "add", "content": "3"},
+    {"role": "assistant", "content": "It is 3.", "reasoning": "Done."},
+    {"role": "user", "content": "Thanks. And 2 + 2?"},
+    {"role": "assistant", "content": "It is 4.", "reasoning": "Easy."},
+)
+"""A conversation with reasoning, a call of a tool and a second question."""
+
+
+def row(*messages: dict, tools: tuple[dict, ...] = ()) -> Row:
+    return Row("tools" if tools else "chat", messages, "", "rows.jsonl:7", tools)
 
 
 @dataclass(frozen=True)

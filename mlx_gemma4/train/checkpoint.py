@@ -64,16 +64,6 @@ class Checkpoints:
             AdapterError: weights are not finite; nothing is written then.
             TrainingError: it cannot be written; those before it are as they were.
         """
-        with writing(self._folder / f"step-{progress.step:06d}", self.newest()):
-            return self._save(gemma, optimizer, progress, val_loss)
-
-    def _save(
-        self,
-        gemma: Gemma4,
-        optimizer: optim.Optimizer,
-        progress: Progress,
-        val_loss: float | None,
-    ) -> Path:
         final = self._folder / f"step-{progress.step:06d}"
         state = {
             "step": progress.step,
@@ -81,17 +71,18 @@ class Checkpoints:
             "val_loss": val_loss,
             "settings": self._settings,
         }
-        with new_folder(final) as partial:
-            save_adapter(gemma.backbone, partial, gemma.lora, gemma.name)
-            mx.save_safetensors(str(partial / "optimizer.safetensors"), flat(optimizer.state))
-            (partial / "state.json").write_text(json.dumps(state, indent=2) + "\n")
-        self._adapter.mkdir(exist_ok=True)
-        for path in final.glob("adapter*"):
-            with new_file(self._adapter / path.name) as partial:
-                try:
-                    os.link(path, partial)
-                except OSError:  # the file system has no links
-                    shutil.copyfile(path, partial)
+        with writing(final, self.newest()):
+            with new_folder(final) as partial:
+                save_adapter(gemma.backbone, partial, gemma.lora, gemma.name)
+                mx.save_safetensors(str(partial / "optimizer.safetensors"), flat(optimizer.state))
+                (partial / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+            self._adapter.mkdir(exist_ok=True)
+            for path in final.glob("adapter*"):
+                with new_file(self._adapter / path.name) as partial:
+                    try:
+                        os.link(path, partial)
+                    except OSError:  # the file system has no links
+                        shutil.copyfile(path, partial)
         best = self.best()
         for path in self._all()[: -self._keep]:
             if path != best:
@@ -131,8 +122,7 @@ class Checkpoints:
                 wanted="a whole checkpoint",
                 do="remove that folder, to resume from the one before it",
             ) from None
-        rows = "rows"
-        if rows in saved and saved[rows] != self._settings.get(rows):
+        if "rows" in saved and saved["rows"] != self._settings.get("rows"):
             raise TrainingError(
                 f"the data holds other training rows than those that {checkpoint} learned from",
                 wanted="the same rows, whatever their file is called",
@@ -173,7 +163,7 @@ class Checkpoints:
         losses = {}
         for path in self._all():
             with suppress(OSError, ValueError, KeyError, TypeError):
-                losses[path] = json.loads((path / "state.json").read_text())["val_loss"]
+                losses[path] = read_json(path / "state.json")["val_loss"]
         return {path: loss for path, loss in losses.items() if isinstance(loss, float)}
 
 

@@ -98,8 +98,9 @@ def finetune(
     if output:
         (output.path / SUMMARY).unlink(missing_ok=True)  # of an earlier end
         listeners.append(MetricsFile(output.path / METRICS))
-    stopped = partial(getattr, run, "interrupted")
-    validate = partial(evaluate, gemma, data.valid, data.config, config, objective, stopped)
+    validate = partial(
+        evaluate, gemma, data.valid, data.config, config, objective, lambda: run.interrupted
+    )
     trainer = Trainer(
         gemma,
         training_steps(gemma, data.train, order, progress, total, config.grad_accumulation_steps),

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 from helpers import encode
-from styles import EMPTY_THOUGHT, EMPTY_THOUGHT_PROMPT, MARKS_GENERATION, STYLES
+from styles import EMPTY_THOUGHT, EMPTY_THOUGHT_PROMPT, MARKS_GENERATION, STYLES, row
 
 import mlx_gemma4 as g4
-from mlx_gemma4.data.chat.formats import Row
 from mlx_gemma4.model.tiny import CHAT_TEMPLATE
 from mlx_gemma4.model.tokenizer import load_tokenizer
 
@@ -29,10 +28,6 @@ def tokenizer(tiny):
     tokenizer = load_tokenizer(tiny)
     tokenizer.chat_template = EMPTY_THOUGHT_PROMPT
     return tokenizer
-
-
-def row(*messages: dict) -> Row:
-    return Row("chat", messages, "", "rows.jsonl:7")
 
 
 def asked(tokenizer, messages, **options) -> list[int]:

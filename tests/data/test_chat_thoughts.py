@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 from helpers import encode
-from styles import MARKS_GENERATION, SHOWS_NONE, STRIPS_EARLIER_THOUGHTS
+from styles import AGENT, MARKS_GENERATION, SHOWS_NONE, STRIPS_EARLIER_THOUGHTS, row
 
 import mlx_gemma4 as g4
 from mlx_gemma4.data.chat.formats import Row
@@ -14,16 +14,7 @@ from mlx_gemma4.errors import DataError
 from mlx_gemma4.model.tiny import CHAT_TEMPLATE
 from mlx_gemma4.model.tokenizer import load_tokenizer
 
-CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": "two"}}}
 WRITTEN = '<|tool_call>call:add{a:1,b:<|"|>two<|"|>}<tool_call|><|tool_response>'
-AGENT = (
-    {"role": "user", "content": "What is 1 + 2?"},
-    {"role": "assistant", "content": "", "reasoning": "I add.", "tool_calls": [CALL]},
-    {"role": "tool", "name": "add", "content": "3"},
-    {"role": "assistant", "content": "It is 3.", "reasoning": "Done."},
-    {"role": "user", "content": "And 2 + 2?"},
-    {"role": "assistant", "content": "It is 4.", "reasoning": "Easy."},
-)
 TAGGED = "answers that begin with <think>, which was read as reasoning"
 
 
@@ -32,10 +23,6 @@ def tokenizer(tiny):
     tokenizer = load_tokenizer(tiny)
     tokenizer.chat_template = SHOWS_NONE
     return tokenizer
-
-
-def row(*messages: dict) -> Row:
-    return Row("chat", messages, "", "rows.jsonl:7")
 
 
 def thought(text: str) -> str:

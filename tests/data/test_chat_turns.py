@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 from helpers import encode, encode_together
-from styles import EMPTY_THOUGHT_PROMPT, MARKS_GENERATION, STRIPS_EARLIER_THOUGHTS
+from styles import AGENT, EMPTY_THOUGHT_PROMPT, MARKS_GENERATION, STRIPS_EARLIER_THOUGHTS, row
 
 from mlx_gemma4.data.chat.formats import Row
 from mlx_gemma4.errors import DataError
@@ -16,25 +16,12 @@ from mlx_gemma4.model.tiny import CHAT_TEMPLATE
 from mlx_gemma4.model.tokenizer import load_tokenizer
 
 TOOL = {"type": "function", "function": {"name": "add", "description": "Adds two numbers."}}
-CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": "two"}}}
-AGENT = (
-    {"role": "user", "content": "What is 1 + 2?"},
-    {"role": "assistant", "content": "", "reasoning": "I add.", "tool_calls": [CALL]},
-    {"role": "tool", "name": "add", "content": "3"},
-    {"role": "assistant", "content": "It is 3.", "reasoning": "Done."},
-    {"role": "user", "content": "Thanks. And 2 + 2?"},
-    {"role": "assistant", "content": "It is 4.", "reasoning": "Easy."},
-)
 REMOVED = "texts of reasoning left out, as thinking is drop"
 
 
 @pytest.fixture
 def tokenizer(tiny):
     return load_tokenizer(tiny)
-
-
-def row(*messages: dict, tools: tuple[dict, ...] = ()) -> Row:
-    return Row("tools" if tools else "chat", messages, "", "rows.jsonl:7", tools)
 
 
 def learned(row: Row, tokenizer, train_on="assistant", thinking="keep", notes=None) -> str:

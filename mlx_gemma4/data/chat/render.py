@@ -14,7 +14,7 @@ from functools import lru_cache, partial
 from itertools import chain
 from typing import Any, NamedTuple
 
-from ...model.tokenizer import END_OF_TURN
+from ...model.tokenizer import END_OF_TURN, TEMPLATE_ERRORS
 from ..read.records import row_error
 from .formats import Row
 from .spans import MARKER, MARKERS, TURN, find_marks, model_turns
@@ -28,7 +28,6 @@ from .thoughts import (
     without_reasoning,
 )
 
-_ERRORS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 _CALLED = re.compile(r"<\|tool_(call|response)>.*?<tool_\1\|>", re.DOTALL)
 _marks_generation = lru_cache(maxsize=8)(re.compile(r"{%-?\s*generation\s*-?%}").search)
 
@@ -116,7 +115,7 @@ def apply_template(tokenizer: Any, messages: Any, options: dict[str, Any]) -> An
 
     try:
         return tokenizer.apply_chat_template(messages, **({"tokenize": False} | options))
-    except (TemplateError, *_ERRORS) as error:  # of Jinja, and of Python within the template
+    except (TemplateError, *TEMPLATE_ERRORS) as error:
         found = f"is refused by the model's chat template: {error}"
         do = "mend the row, such as turns of one speaker that follow each other, or remove it"
         raise row_error(found, "roles and fields as the template allows them", do) from None
