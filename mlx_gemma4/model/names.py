@@ -27,7 +27,7 @@ PLE_TABLE = "embed_tokens_per_layer"
 
 _TEXT_PREFIXES = ("model.language_model.", "language_model.model.")
 _LAYER = re.compile(r"layers\.(\d+)\.self_attn\.(\w+)\.(?:weight|bias|scales|biases|lora_[ab]|m)")
-_BUFFER = re.compile(r"(^|\.)(layer_scalar|(input|output)_(min|max))$")
+_BUFFER = re.compile(r"(^|\.)(layer_scalar|(input|output)_(min|max)|std_(bias|scale))$")
 
 
 def text_model(backbone: Any) -> Any:
@@ -75,7 +75,8 @@ def is_dead(inner: str, plan: Plan) -> bool:
 
 
 def is_frozen_buffer(name: str) -> bool:
-    """Whether a parameter in MLX is a buffer in transformers: layer scalars, clip bounds."""
+    """Whether a parameter in MLX is a buffer in transformers: layer scalars, clip bounds,
+    statistics of images."""
     return bool(_BUFFER.search(name))
 
 

@@ -81,7 +81,10 @@ def prepared(
     def build(batches: Sequence[Rows]) -> list[tuple[Batch, GatheredRows | None]]:
         """On the other thread: reads examples and PLE rows, and leaves the device alone."""
         built = collate_alike([[[examples[i] for i in row] for row in rows] for rows in batches])
-        return [(b, source.gather(np.asarray(b.tokens_BT)) if source else None) for b in built]
+        return [
+            (b, source.gather(np.asarray(b.table_tokens(gemma.plan))) if source else None)
+            for b in built
+        ]
 
     with ThreadPoolExecutor(max_workers=1) as worker:
         submitted = ((tag, worker.submit(build, batches)) for tag, batches in steps)

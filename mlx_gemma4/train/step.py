@@ -105,8 +105,8 @@ def train_step(
     totals, grads = gradients(gemma, batches[0], objective, replace(options, key=keys[0]))
     for batch, key in zip(batches[1:], keys[1:]):
         # One batch's activations are alive at a time.
-        tokens = mx.depends(batch.tokens_BT, [totals.loss, *flat(grads).values()])
-        batch, options = replace(batch, tokens_BT=tokens), replace(options, key=key)
+        batch = batch.after([totals.loss, *flat(grads).values()])
+        options = replace(options, key=key)
         sums, added = gradients(gemma, batch, objective, options)
         totals = Sums(*tree_map(mx.add, _fields(totals), _fields(sums)))
         grads = tree_map(mx.add, grads, added)

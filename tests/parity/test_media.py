@@ -1,0 +1,135 @@
+"""Images and audio: logits, loss and every gradient, of encoders too, equal transformers'."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import numpy as np
+import pytest
+import torch
+from helpers import assert_same_grads, worst_gap
+from media import ROWS, rows_with
+from reference import UNIFIED, VOCAB, add_tokenizer, build_reference, inner_grads, note, table_grad
+from test_exact import GRADS, LOGITS, LOSS, ple_grad
+
+import mlx_gemma4 as g4
+from mlx_gemma4.model.names import flat
+from mlx_gemma4.nn import attention as attention_module
+
+UNIFIED = UNIFIED and importlib.util.find_spec("mlx_vlm.models.gemma4_unified") is not None
+SHAPES = ["e2b", "e4b", "moe", "dense"] + ["unified"] * UNIFIED
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def reference(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("media") / request.param
+    reference = build_reference(request.param, folder, encoders=True)
+    add_tokenizer(folder)
+    return reference
+
+
+@pytest.fixture(params=[*ROWS, "untyped"])
+def inputs(request, reference):
+    """What transformers' model takes, of several kinds of rows; once without token types."""
+    name = request.param
+    if reference.shape in ("moe", "dense") and name in ("audio", "both"):
+        pytest.skip("this family member does not hear")
+    unified = reference.shape == "unified"
+    inputs = rows_with(ROWS["rows" if name == "untyped" else name], VOCAB, unified)
+    if name == "untyped":
+        inputs["mm_token_type_ids"] = None
+    return inputs
+
+
+def batch_of(inputs) -> g4.Batch:
+    names = [name for name in inputs if name not in ("tokens", "weights")]
+    media = {name: inputs[name] for name in names}
+    return g4.Batch.from_tokens(inputs["tokens"], inputs["weights"], **media)
+
+
+def their_logits(reference, inputs) -> torch.Tensor:
+    T = inputs["tokens"].shape[1] - 1
+    given = {"input_ids": inputs["tokens"][:, :T], "attention_mask": inputs["tokens"][:, :T] != 0}
+    for name, value in inputs.items():
+        if name == "mm_token_type_ids" and value is not None:
+            given[name] = value[:, :T]
+        elif name not in ("tokens", "weights", "mm_token_type_ids"):
+            given[name] = value
+    return reference.model(
+        **{name: torch.tensor(value) for name, value in given.items()}, use_cache=False
+    ).logits
+
+
+def their_loss(reference, inputs) -> torch.Tensor:
+    losses = torch.nn.functional.cross_entropy(
+        their_logits(reference, inputs).flatten(0, 1),
+        torch.tensor(inputs["tokens"][:, 1:].reshape(-1)),
+        reduction="none",
+    )
+    return (losses * torch.tensor(inputs["weights"][:, 1:].reshape(-1))).sum()
+
+
+def their_name(name: str) -> str:
+    """A parameter's name in mlx-vlm."""
+    name = name.removeprefix("model.").replace("multimodal_embedder.", "")
+    for part in ("patch_ln1", "patch_dense", "patch_ln2", "pos_embedding", "pos_norm"):
+        name = name.replace(f"embed_vision.{part}", f"vision_embedder.{part}")
+    return name.removeprefix("language_model.")
+
+
+def their_grads(reference, loss: torch.Tensor) -> dict[str, np.ndarray]:
+    reference.model.zero_grad()
+    loss.backward()
+    grads = {}
+    for name, parameter in reference.model.named_parameters():
+        grad = (
+            np.zeros(tuple(parameter.shape)) if parameter.grad is None else parameter.grad.numpy()
+        )
+        if "conv" in name and grad.ndim > 2:
+            grad = np.moveaxis(grad, 1, -1)
+        grads[their_name(name)] = grad
+    return grads
+
+
+def assert_media(gemma, reference, inputs, **how) -> None:
+    batch = batch_of(inputs)
+    media = {n: v for n, v in inputs.items() if n not in ("tokens", "weights", "mm_token_type_ids")}
+    types, T = inputs["mm_token_type_ids"], inputs["tokens"].shape[1] - 1
+    logits = gemma.logits(
+        batch.tokens_BT, mm_token_type_ids=None if types is None else types[:, :T], **media
+    )
+    real = inputs["tokens"][:, :T] != 0
+    gap = np.abs(np.array(logits) - their_logits(reference, inputs).detach().numpy())[real].max()
+    note("logits", reference, gap, LOGITS)
+    assert gap < LOGITS, f"logits differ by {gap:.2e}"
+
+    wanted_loss = their_loss(reference, inputs)
+    loss, _, grads = g4.loss_and_grads(gemma, batch, **how)
+    gap = abs(float(loss) / float(wanted_loss.detach()) - 1)
+    note("loss", reference, gap, LOSS)
+    assert gap < LOSS
+
+    wanted, ours = their_grads(reference, wanted_loss), inner_grads(flat(grads))
+    if gemma.plan.ple:
+        table = table_grad(ple_grad(gemma, batch), batch.tokens_BT, VOCAB)
+        # torch gives no gradient to the row of padding, which media positions look up.
+        table[[0, *gemma.plan.media_tokens.values()]] = 0
+        ours["embed_tokens_per_layer.weight"] = table
+    note("gradient", reference, worst_gap(ours, wanted)[1], GRADS)
+    assert_same_grads(ours, wanted, GRADS)
+
+
+def test_every_gradient(reference, inputs):
+    gemma = g4.load(reference.folder, encoders=True)
+    gemma.train_all(encoders=True)
+    assert_media(gemma, reference, inputs, attention="plain")
+
+
+def test_the_leanest_setting(reference, monkeypatch):
+    """Several blocks of attention in text and encoder, and every layer run again."""
+    monkeypatch.setattr(attention_module, "_BLOCK_BYTES", 1)
+    gemma = g4.load(reference.folder, encoders=True)
+    gemma.train_all(encoders=True)
+    name = "rows" if reference.shape in ("moe", "dense") else "both"
+    inputs = rows_with(ROWS[name], VOCAB, reference.shape == "unified")
+    assert_media(gemma, reference, inputs, attention="blockwise", rematerialize=True)
