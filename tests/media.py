@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
+from helpers import UNIFIED_VISION
+
+import mlx_gemma4 as g4
+from mlx_gemma4.model.loader import build_backbone
+from mlx_gemma4.model.names import flat
+from mlx_gemma4.model.plan import Plan
 
 IDS = {"image": (110, 111, 112), "audio": (113, 114, 115), "video": (110, 116, 112)}
 """Opener, token and closer of each kind in the small models."""
@@ -96,3 +106,55 @@ ROWS: dict[str, list[list[Any]]] = {
     "padded": [[50, ("image", IMAGES[0]), 20], [5, ("image", IMAGES[1]), 12]],
 }
 """Rows by what they show; 26B and 31B have no audio."""
+
+
+VISION = {
+    "model_type": "gemma4_vision", "hidden_size": 16, "intermediate_size": 16,
+    "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8,
+    "patch_size": 4, "pooling_kernel_size": 3, "position_embedding_size": 24,
+}  # fmt: skip
+AUDIO = {
+    "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "output_proj_dims": 16,
+    "subsampling_conv_channels": [128, 8],
+}  # fmt: skip
+UNIFIED_AUDIO = {
+    "model_type": "gemma4_unified_audio", "audio_samples_per_token": 16, "audio_embed_dim": 16,
+}  # fmt: skip
+
+
+def build_with_media(source: Path, folder: Path, shape: str) -> Path:
+    """A copy of a small checkpoint with encoders whose every value is away from its start."""
+    shutil.copytree(source, folder)
+    config = json.loads((folder / "config.json").read_text())
+    large = shape in ("moe", "dense")
+    if shape == "unified":
+        config |= {"vision_config": UNIFIED_VISION, "audio_config": UNIFIED_AUDIO}
+    else:
+        own = {"use_clipped_linears": not large, "standardize": large}
+        config |= {"vision_config": VISION | own, "audio_config": None if large else AUDIO}
+    (folder / "config.json").write_text(json.dumps(config))
+    random = np.random.default_rng(3)
+    stored = mx.load(str(folder / "model.safetensors"))
+    for name, old in flat(build_backbone(Plan.from_config(config), config).parameters()).items():
+        if name.startswith("language_model."):
+            continue
+        noise = random.normal(size=old.shape)
+        if name.endswith(("put_min", "put_max")):
+            value = (1.2 + 0.1 * noise) * (1 if name.endswith("max") else -1)
+        elif name.endswith("bias"):
+            value = 0.1 * noise
+        elif "norm" in name or name.endswith("scale") or "_ln" in name:
+            value = 1 + 0.1 * noise
+        else:
+            value = noise * old[0].size ** -0.5
+        if "conv" in name and old.ndim > 2:
+            value = np.moveaxis(value, -1, 1)  # as torch has it
+        stored["model." + name] = mx.array(np.asarray(value, np.float32))
+    mx.save_safetensors(str(folder / "model.safetensors"), stored, {"format": "pt"})
+    return folder
+
+
+def batch_with(inputs: dict[str, Any], segments: Any = None) -> g4.Batch:
+    """The batch of `rows_with`."""
+    media = {name: inputs[name] for name in inputs if name not in ("tokens", "weights")}
+    return g4.Batch.from_tokens(inputs["tokens"], inputs["weights"], segments, **media)

@@ -98,7 +98,12 @@ def split_experts(inner: str) -> Iterable[str]:
 # ---------------------------------------------------------------- words for the modules of a layer
 
 Module = tuple[int, str]
-"""A module that LoRA can adapt: layer index, and path within the layer."""
+"""A module that LoRA can adapt: layer index, and path within the layer.
+
+Modules of encoders and projectors have the index ENCODERS, and their whole path.
+"""
+
+ENCODERS = -1
 
 _SHORT = {
     **{name: f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")},
@@ -109,8 +114,13 @@ EXPERTS = tuple(f"experts.switch_glu.{name}" for name in ("gate_proj", "up_proj"
 
 
 def is_meant(module: Module, word: str) -> bool:
-    """Whether a word of lora_targets or a pattern means a module."""
+    """Whether a word of lora_targets or a pattern means a module.
+
+    Of encoders that is a path or the beginning of one: `vision_tower`, `embed_audio`.
+    """
     index, path = module
+    if index == ENCODERS:
+        return path == word or path.startswith(word + ".")
     if word == ALL_LINEAR:
         return True
     if word == "experts":

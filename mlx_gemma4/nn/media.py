@@ -23,6 +23,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..errors import CapabilityError, DataError
+from ..model.names import text_model
 from ..model.plan import MEDIA, Plan
 from .attention import attention
 from .dropout import draw_keys, set_keys
@@ -336,8 +337,7 @@ def _audio_features(
     """(A, F / 4, E): the features of every fourth frame; in the unified member the frames."""
     tower = getattr(backbone, "audio_tower", None)
     if tower is None:
-        weight = backbone.embed_audio.embedding_projection.weight
-        return features_AFC.astype(weight.dtype)
+        return features_AFC.astype(text_model(backbone).norm.weight.dtype)
     subsample, config = tower.subsample_conv_projection, tower.config
     features_AFC = features_AFC.astype(subsample.layer0.conv.weight.dtype)
     hidden, padding = subsample(features_AFC, ~mask_AF.astype(mx.bool_))

@@ -7,8 +7,10 @@ import importlib.util
 import numpy as np
 import pytest
 import torch
-from helpers import assert_same_grads, worst_gap
-from media import ROWS, rows_with
+from helpers import assert_same_grads, make_lora_nonzero, worst_gap
+from media import ROWS, batch_with, rows_with
+from peft import LoraConfig as PeftConfig
+from peft import get_peft_model
 from reference import UNIFIED, VOCAB, add_tokenizer, build_reference, inner_grads, note, table_grad
 from test_exact import GRADS, LOGITS, LOSS, ple_grad
 
@@ -39,12 +41,6 @@ def inputs(request, reference):
     if name == "untyped":
         inputs["mm_token_type_ids"] = None
     return inputs
-
-
-def batch_of(inputs) -> g4.Batch:
-    names = [name for name in inputs if name not in ("tokens", "weights")]
-    media = {name: inputs[name] for name in names}
-    return g4.Batch.from_tokens(inputs["tokens"], inputs["weights"], **media)
 
 
 def their_logits(reference, inputs) -> torch.Tensor:
@@ -92,7 +88,7 @@ def their_grads(reference, loss: torch.Tensor) -> dict[str, np.ndarray]:
 
 
 def assert_media(gemma, reference, inputs, **how) -> None:
-    batch = batch_of(inputs)
+    batch = batch_with(inputs)
     media = {n: v for n, v in inputs.items() if n not in ("tokens", "weights", "mm_token_type_ids")}
     types, T = inputs["mm_token_type_ids"], inputs["tokens"].shape[1] - 1
     logits = gemma.logits(
@@ -133,3 +129,56 @@ def test_the_leanest_setting(reference, monkeypatch):
     name = "rows" if reference.shape in ("moe", "dense") else "both"
     inputs = rows_with(ROWS[name], VOCAB, reference.shape == "unified")
     assert_media(gemma, reference, inputs, attention="blockwise", rematerialize=True)
+
+
+ENCODER_WORDS = ("vision_tower", "audio_tower", "vision_embedder", "embed_vision", "embed_audio")
+
+
+def test_every_adapter_gradient_of_encoders(reference, tmp_path):
+    """The inner linear of clippable layers, and the projectors, beside the language model's."""
+    unified = reference.shape == "unified"
+    reference = build_reference(reference.shape, tmp_path / "model", encoders=True)
+    add_tokenizer(reference.folder)
+    gemma = g4.load(reference.folder, encoders=True)
+    words = [word for word in ENCODER_WORDS if gemma.backbone.get(word) is not None]
+    gemma.add_lora(g4.LoraConfig(rank=4, alpha=6.0, targets=("q_proj", "down_proj", *words)))
+    make_lora_nonzero(gemma)
+    values = flat(gemma.backbone.trainable_parameters())
+    assert all(any(name.startswith(word) for name in values) for word in words)
+
+    peft = get_peft_model(
+        reference.model,
+        PeftConfig(
+            r=4,
+            lora_alpha=6.0,
+            target_modules=r".*(language_model\.layers\.\d+\.(self_attn\.q|mlp\.down)_proj"
+            r"|tower\..*layers\..*\.linear|patch_dense|embedding_projection)",
+        ),
+    )
+    named = {their_lora(n): p for n, p in peft.named_parameters() if "lora_" in n}
+    ours = {name.removeprefix("language_model."): value for name, value in values.items()}
+    assert set(named) == {name.removeprefix("model.") for name in ours}
+    with torch.no_grad():
+        for name, value in ours.items():
+            named[name.removeprefix("model.")].copy_(torch.tensor(np.array(value.T)))
+
+    inputs = rows_with(
+        ROWS["rows" if reference.shape in ("moe", "dense") else "both"], VOCAB, unified
+    )
+    wanted_loss = their_loss(reference, inputs)
+    wanted_loss.backward()
+    loss, _, grads = g4.loss_and_grads(gemma, batch_with(inputs))
+    assert abs(float(loss) / float(wanted_loss.detach()) - 1) < LOSS
+    wanted = {name: parameter.grad.numpy().T for name, parameter in named.items()}
+    got = {
+        name.removeprefix("language_model.").removeprefix("model."): grad
+        for name, grad in flat(grads).items()
+    }
+    note("LoRA gradient", reference, worst_gap(got, wanted)[1], GRADS)
+    assert_same_grads(got, wanted, GRADS)
+
+
+def their_lora(name: str) -> str:
+    """The name of a LoRA tensor in our layout."""
+    name = their_name(name.removeprefix("base_model.model.")).replace(".default.weight", "")
+    return name.replace("lora_A", "lora_a").replace("lora_B", "lora_b")
