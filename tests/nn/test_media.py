@@ -129,25 +129,34 @@ def test_batches_add_up(gemma, rows):
 
 
 @pytest.mark.skipif(not COMPILES, reason="this MLX does not compile the step")
-@pytest.mark.parametrize("lean", [False, True], ids=["kept", "lean"])
-def test_compiled_equals_eager(folder, rows, lean):
+def test_compiled_equals_eager(folder, rows):
+    """Two steps of LoRA on text and image encoder, with dropout; of E2B the pass."""
     after = []
     for compiled in (False, True):
         gemma = g4.load(folder, encoders=True)
+        batch = batch_with(rows).with_ple_rows(gemma)
+        if gemma.plan.ple:  # a step of it takes minutes to compile
+
+            def run(fields, gemma=gemma):
+                return forward(gemma, g4.Batch(**fields))
+
+            after.append({"hidden": (mx.compile(run) if compiled else run)(batch.fields())})
+            continue
+        lean = gemma.plan.moe is not None
         mx.random.seed(0)
         words = [word for word in ("vision_tower", "embed_vision") if word in gemma.backbone]
         gemma.add_lora(g4.LoraConfig(rank=2, dropout=0.1, targets=("q_proj", *words)))
         gemma.backbone.train()
-        batch, optimizer = batch_with(rows).with_ple_rows(gemma), optim.SGD(1e-2)
+        optimizer = optim.SGD(1e-2)
         optimizer.init(gemma.backbone.trainable_parameters())
         options = g4.StepOptions(len(gemma.plan.layers) * lean, "blockwise" if lean else "plain")
         step = CompiledStep(gemma, optimizer, options=options)
         for number in range(2):
             key = mx.random.key(number)
             if compiled:
-                step([batch, batch], key)
+                step([batch], key)
             else:
-                train_step(gemma, optimizer, [batch, batch], options=replace(options, key=key))
+                train_step(gemma, optimizer, [batch], options=replace(options, key=key))
         assert step.compilations == compiled
         after.append(gemma.backbone.trainable_parameters())
     assert_same_grads(*after, 1e-4)

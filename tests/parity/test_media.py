@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 
+import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 import torch
@@ -17,6 +20,8 @@ from test_exact import GRADS, LOGITS, LOSS, ple_grad
 import mlx_gemma4 as g4
 from mlx_gemma4.model.names import flat
 from mlx_gemma4.nn import attention as attention_module
+from mlx_gemma4.nn import media as media_module
+from mlx_gemma4.nn.media import Media
 
 UNIFIED = UNIFIED and importlib.util.find_spec("mlx_vlm.models.gemma4_unified") is not None
 SHAPES = ["e2b", "e4b", "moe", "dense"] + ["unified"] * UNIFIED
@@ -182,3 +187,74 @@ def their_lora(name: str) -> str:
     """The name of a LoRA tensor in our layout."""
     name = their_name(name.removeprefix("base_model.model.")).replace(".default.weight", "")
     return name.replace("lora_A", "lora_a").replace("lora_B", "lora_b")
+
+
+# ---------------------------------------------------------------- planted faults
+
+
+@pytest.fixture
+def large(request, tmp_path_factory):
+    """26B's shape, and the rows that faults are planted under."""
+    folder = tmp_path_factory.mktemp("faults") / "moe"
+    reference = build_reference("moe", folder, encoders=True)
+    add_tokenizer(folder)
+    gemma = g4.load(folder, encoders=True)
+    gemma.train_all(encoders=True)
+    inputs = rows_with(ROWS["rows"], VOCAB, False)
+    assert_media(gemma, reference, inputs)
+    return gemma, reference, inputs
+
+
+def test_the_unified_rule_on_26b(large):
+    gemma, reference, inputs = large
+    gemma.loaded.plan = dataclasses.replace(gemma.plan, model_type="gemma4_unified")
+    with pytest.raises(AssertionError, match="logits differ"):
+        assert_media(gemma, reference, inputs)
+
+
+def test_causal_within_an_image_on_26b(large):
+    gemma, reference, inputs = large
+    gemma.loaded.plan = dataclasses.replace(gemma.plan, bidirectional=None)
+    with pytest.raises(AssertionError, match="logits differ"):
+        assert_media(gemma, reference, inputs)
+
+
+def test_soft_tokens_off_by_one(large, monkeypatch):
+    gemma, reference, inputs = large
+    placed = Media.placed
+
+    def shifted(self, backbone, plan, tokens_BT):
+        places = placed(self, backbone, plan, tokens_BT).places_BT
+        moved = mx.where(places < tokens_BT.size, places, places + 1)
+        return dataclasses.replace(self, places_BT=moved)
+
+    monkeypatch.setattr(Media, "placed", shifted)
+    with pytest.raises(AssertionError, match="logits differ"):
+        assert_media(gemma, reference, inputs)
+
+
+@pytest.mark.parametrize("lost", ["projector's norm", "pooler's scale"])
+def test_a_lost_scale(large, lost, monkeypatch):
+    gemma, reference, inputs = large
+    if lost == "projector's norm":
+        projector = gemma.backbone.embed_vision
+        monkeypatch.setitem(projector, "embedding_pre_projection_norm", nn.Identity())
+    else:
+        pooled = media_module._pooled
+        scale = gemma.loaded.config["vision_config"]["hidden_size"] ** 0.5
+        monkeypatch.setattr(media_module, "_pooled", lambda *given: pooled(*given) / scale)
+    with pytest.raises(AssertionError, match="logits differ"):
+        assert_media(gemma, reference, inputs)
+
+
+def test_encoders_that_get_no_gradient(large, monkeypatch):
+    """Logits and loss stay exact: only the gradients can tell."""
+    gemma, reference, inputs = large
+    through = media_module._through
+
+    def stopped(layers, call, hidden, **how):
+        return through(layers, call, mx.stop_gradient(hidden), **how)
+
+    monkeypatch.setattr(media_module, "_through", stopped)
+    with pytest.raises(AssertionError, match="vision_tower"):
+        assert_media(gemma, reference, inputs)
