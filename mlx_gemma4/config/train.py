@@ -32,7 +32,7 @@ class TrainConfig(Settings):
     )
     bias_correction: bool = setting(
         False,
-        "correct Adam's and AdamW's averages for their start, as in PEFT and TRL; without, the first "
+        "correct Adam's averages for their start, as PEFT and TRL do; without, the first "
         "hundreds of updates are larger, as in MLX and mlx-lm",
     )
     learning_rate: float = setting(1e-4, "the optimizer's learning rate", at_least=0.0)
