@@ -189,13 +189,27 @@ def their_lora(name: str) -> str:
     return name.replace("lora_A", "lora_a").replace("lora_B", "lora_b")
 
 
+def test_compiled(large):
+    gemma, reference, inputs = large
+    batch = batch_with(inputs).with_ple_rows(gemma)
+
+    def step(fields):
+        loss, _, grads = g4.loss_and_grads(gemma, g4.Batch(**fields))
+        return loss, grads
+
+    wanted_loss = their_loss(reference, inputs)
+    loss, grads = mx.compile(step, inputs=gemma.backbone.state)(batch.fields())
+    assert abs(float(loss) / float(wanted_loss.detach()) - 1) < LOSS
+    assert_same_grads(inner_grads(flat(grads)), their_grads(reference, wanted_loss), GRADS)
+
+
 # ---------------------------------------------------------------- planted faults
 
 
 @pytest.fixture
-def large(request, tmp_path_factory):
+def large(tmp_path):
     """26B's shape, and the rows that faults are planted under."""
-    folder = tmp_path_factory.mktemp("faults") / "moe"
+    folder = tmp_path / "moe"
     reference = build_reference("moe", folder, encoders=True)
     add_tokenizer(folder)
     gemma = g4.load(folder, encoders=True)
