@@ -150,6 +150,7 @@ def build_with_media(source: Path, folder: Path, shape: str) -> Path:
         if "conv" in name and old.ndim > 2:
             value = np.moveaxis(value, -1, 1)  # as torch has it
         stored["model." + name] = mx.array(np.asarray(value, np.float32))
+    mx.eval(stored)  # it is read from the file that is written
     mx.save_safetensors(str(folder / "model.safetensors"), stored, {"format": "pt"})
     return folder
 
