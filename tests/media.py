@@ -54,11 +54,11 @@ def rows_with(rows: list[list[Any]], vocab: int, unified: bool, seed: int = 0) -
     """Token ids, weights, token types and encoder inputs of rows.
 
     Args:
-        rows: of numbers, that many text tokens, and media: ("image", (columns, rows)), ("audio",
-            frames). Shorter rows are padded on the right.
+        rows: of numbers, that many text tokens, and media: ("image", (columns, rows)), ("video",
+            the same of one frame), ("audio", frames). Shorter rows are padded on the right.
     """
     random = np.random.default_rng(seed)
-    tokens, types, images, recordings = [], [], [], []
+    tokens, types, images, videos, recordings = [], [], [], [], []
     for row in rows:
         ids: list[int] = []
         kinds: list[int] = []
@@ -68,9 +68,9 @@ def rows_with(rows: list[list[Any]], vocab: int, unified: bool, seed: int = 0) -
                 kinds += [0] * part
                 continue
             kind, what = part
-            if kind == "image":
+            if kind != "audio":
                 count = what[0] * what[1]
-                images.append(what)
+                (images if kind == "image" else videos).append(what)
             else:
                 count = -(-what // 4)
                 recordings.append(what)
@@ -85,6 +85,10 @@ def rows_with(rows: list[list[Any]], vocab: int, unified: bool, seed: int = 0) -
         places = np.array(ids)
         weights[b, : len(ids)] = (random.random(len(ids)) < 0.7) & (places >= 120)
     inputs = image_inputs(images, unified, seed) if images else {}
+    if videos:
+        frames = image_inputs(videos, unified, seed + 1)
+        inputs["pixel_values_videos"] = frames["pixel_values"]
+        inputs["video_position_ids"] = frames["image_position_ids"]
     inputs |= audio_inputs(recordings, unified, seed) if recordings else {}
     return {
         "tokens": np.array([ids + [0] * (T - len(ids)) for ids in tokens]),
@@ -103,6 +107,7 @@ ROWS: dict[str, list[list[Any]]] = {
     ],
     "audio": [[8, ("audio", FRAMES[0]), 25], [4, ("audio", FRAMES[1]), 38]],
     "both": [[5, ("image", IMAGES[1]), 6, ("audio", FRAMES[0]), 30]],
+    "video": [[4, ("video", IMAGES[1]), 3, ("image", IMAGES[2]), 2, ("video", IMAGES[1]), 30]],
     "padded": [[50, ("image", IMAGES[0]), 20], [5, ("image", IMAGES[1]), 12]],
 }
 """Rows by what they show; 26B and 31B have no audio."""

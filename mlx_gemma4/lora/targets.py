@@ -13,7 +13,7 @@ from ..model.names import ENCODERS, Module, text_model, text_prefix
 from ..model.targets import chosen_modules
 
 _IN_ENCODERS = re.compile(
-    r"(vision|audio)_tower\.(encoder\.)?layers\..+\.linear"
+    r"(vision_tower|audio_tower)\.(encoder\.)?layers\..+\.linear"
     r"|vision_embedder\.patch_dense|embed_(vision|audio)\.embedding_projection"
 )
 """Of encoders the linear within each clippable one, and the projectors.

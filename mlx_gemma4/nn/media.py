@@ -242,8 +242,8 @@ def _image_features(
         embedder = backbone.vision_embedder
         pixels_ISC = pixels_ISC.astype(embedder.pos_embedding.dtype)
         return run([embedder], lambda module, x: module(x, at_IS2), pixels_ISC)
-    tower = backbone.vision_tower
-    embedder, config = tower.patch_embedder, tower.config
+    encoder = backbone.vision_tower
+    embedder, config = encoder.patch_embedder, encoder.config
     padding_IS = (at_IS2 < 0).all(axis=-1)
     at_IS2 = mx.maximum(at_IS2, 0)
     table = embedder.position_embedding_table
@@ -265,12 +265,12 @@ def _image_features(
         ),
         method=method,
     )
-    hidden_ISE = run(tower.encoder.layers, layer, hidden_ISE)
+    hidden_ISE = run(encoder.encoder.layers, layer, hidden_ISE)
 
-    pooled = _pooled(hidden_ISE, at_IS2, padding_IS, tower.pooling_kernel_size)
+    pooled = _pooled(hidden_ISE, at_IS2, padding_IS, encoder.pooling_kernel_size)
     pooled = pooled.astype(hidden_ISE.dtype).astype(mx.float32) * config.hidden_size**0.5
     if config.standardize:
-        pooled = (pooled - tower.std_bias) * tower.std_scale
+        pooled = (pooled - encoder.std_bias) * encoder.std_scale
     return pooled.astype(hidden_ISE.dtype)
 
 
@@ -335,15 +335,15 @@ def _audio_features(
     backbone: Any, features_AFC: mx.array, mask_AF: mx.array, run: Callable[..., mx.array]
 ) -> mx.array:
     """(A, F / 4, E): the features of every fourth frame; in the unified member the frames."""
-    tower = getattr(backbone, "audio_tower", None)
-    if tower is None:
+    encoder = getattr(backbone, "audio_tower", None)
+    if encoder is None:
         return features_AFC.astype(text_model(backbone).norm.weight.dtype)
-    subsample, config = tower.subsample_conv_projection, tower.config
+    subsample, config = encoder.subsample_conv_projection, encoder.config
     features_AFC = features_AFC.astype(subsample.layer0.conv.weight.dtype)
     hidden, padding = subsample(features_AFC, ~mask_AF.astype(mx.bool_))
     before, after = config.attention_context_left - 1, config.attention_context_right
     chunk = config.attention_chunk_size
     back = mx.arange(chunk)[:, None] + before - mx.arange(before + chunk + after)
     near = mx.where(back >= 0, back < before, -back < after)
-    hidden = run(tower.layers, lambda layer, x: layer(x, padding, near), hidden)
-    return hidden if tower.output_proj is None else tower.output_proj(hidden)
+    hidden = run(encoder.layers, lambda layer, x: layer(x, padding, near), hidden)
+    return hidden if encoder.output_proj is None else encoder.output_proj(hidden)
