@@ -176,7 +176,7 @@ def setting(shape: str, length: int, attention: str = "blockwise", layers: int =
 
 FAST = [
     setting("e2b", 1024, layers=3),
-    setting("e2b", 512, remat_layers=3, layers=3, vocab_size=40960),
+    setting("e2b", 1024, batch_size=2, remat_layers=3, layers=3, vocab_size=40960),
     setting("dense", 768, "plain", layers=2, compiled=False),
     setting(
         "dense", 1664, remat_layers=2, layers=2, batch_size=2, intermediate_size=768, compiled=False
@@ -185,7 +185,7 @@ FAST = [
     setting("unified", 1024, longest=128, layers=3, compiled=False),
     setting("e4b", 1024, targets=0.3, layers=3, compiled=False),
     setting("dense", 512, "plain", layers=2, batch_size=2, compiled=False),
-    setting("dense", 512, layers=2, vocab_size=32768, remat_layers=1),
+    setting("dense", 1024, layers=2, vocab_size=32768, remat_layers=1),
     setting("dense", 256, layers=2, lora=None, hidden_size=512, vocab_size=16384, compiled=False),
 ]
 """Settings for the tests: a step takes about 100 MB or more, and a second or so. Compiled ones have

@@ -42,7 +42,7 @@ MOMENTS = {"adam": 2, "adamw": 2, "lion": 1, "muon": 1, "sgd": 1, "adafactor": 0
 makes its velocity without momentum too; Adafactor keeps a row and a column of a matrix."""
 
 _ADAPTER_BYTES = 4
-"""Adapters are float32 whatever the weights are, and so is what they read."""
+"""Adapters are float32 whatever the weights are; so is what DoRA and those of experts read."""
 
 _SLABS_AHEAD, _SLABS_AHEAD_COMPILED_ON_CPU = 7, 13
 """Slabs of a frozen head whose arrays are alive together. MLX allocates for commands that wait for
@@ -345,7 +345,9 @@ def _kept(plan: Plan, layer: LayerPlan, s: StepSettings) -> tuple[int, int]:
 
     def product(width: int, *paths: str) -> int:
         """What the products `paths` keep of an input that they share."""
-        return width * x if full else width * _ADAPTER_BYTES * any(p in ranks for p in paths)
+        adapted = [path for path in paths if path in ranks]
+        copied = s.lora is not None and (s.lora.use_dora or bool(set(adapted) & set(EXPERTS)))
+        return width * (_ADAPTER_BYTES if copied else x) * (full or bool(adapted))
 
     attn = [f"self_attn.{name}_proj" for name in "qkvo"]
     kept = norm(D) + product(D, *attn[:3])  # into the layer

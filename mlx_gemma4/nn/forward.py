@@ -24,6 +24,7 @@ from .activation import gelu_times
 from .attention import attention
 from .batch import Batch, StepOptions
 from .dropout import draw_keys, set_keys
+from .linear import linear
 from .mask import AttentionMask
 from .remat import in_pieces, rematerialized, with_parameters
 
@@ -128,8 +129,8 @@ def _after_attention(
     hidden_BTD = hidden_BTD + layer.post_feedforward_layernorm(update)
 
     if input_BTP is not None:
-        gate = layer.per_layer_input_gate(hidden_BTD)
-        update = layer.per_layer_projection(gelu_times(gate, input_BTP))
+        gate = linear(layer.per_layer_input_gate, hidden_BTD)
+        update = linear(layer.per_layer_projection, gelu_times(gate, input_BTP))
         hidden_BTD = hidden_BTD + layer.post_per_layer_input_norm(update)
     return hidden_BTD * layer.layer_scalar
 
@@ -187,15 +188,15 @@ def _attend(
         return norm(mx.unflatten(projected, -1, (-1, layer_plan.head_dim)))
 
     rotated = partial(_rotated, attn.rope, positions_BT)
-    queries_BNTH = rotated(heads(attn.q_proj(normed_BTD), attn.q_norm))
+    queries_BNTH = rotated(heads(linear(attn.q_proj, normed_BTD), attn.q_norm))
     if shared_kv is None:
-        keys = attn.k_proj(normed_BTD)
-        values = keys if layer_plan.k_eq_v else attn.v_proj(normed_BTD)
+        keys = linear(attn.k_proj, normed_BTD)
+        values = keys if layer_plan.k_eq_v else linear(attn.v_proj, normed_BTD)
         kv = rotated(heads(keys, attn.k_norm)), _by_head(heads(values, attn.v_norm))
     else:
         kv = shared_kv
     mixed_BNTH = attention(queries_BNTH, *kv, mask, method)
-    return attn.o_proj(mixed_BNTH.transpose(0, 2, 1, 3).flatten(-2)), kv
+    return linear(attn.o_proj, mixed_BNTH.transpose(0, 2, 1, 3).flatten(-2)), kv
 
 
 def _rotated(rope: Any, positions_BT: mx.array | None, x_BTNH: mx.array) -> mx.array:
@@ -227,16 +228,16 @@ def _positions(segments_BT: mx.array) -> mx.array:
 
 
 def _mlp(mlp: Any, x_BTD: mx.array) -> mx.array:
-    return mlp.down_proj(gelu_times(mlp.gate_proj(x_BTD), mlp.up_proj(x_BTD)))
+    gate, up = linear(mlp.gate_proj, x_BTD), linear(mlp.up_proj, x_BTD)
+    return linear(mlp.down_proj, gelu_times(gate, up))
 
 
 def _experts(layer: Any, plan: Plan, hidden_BTD: mx.array) -> mx.array:
     """The routed experts' share of a MoE layer: top-k of a softmax, renormalised, scaled."""
     assert plan.moe is not None
     router = layer.router
-    scores_BTE = router.proj(
-        mx.fast.rms_norm(hidden_BTD, router.scale * plan.hidden_size**-0.5, plan.rms_norm_eps)
-    )
+    scale = router.scale * plan.hidden_size**-0.5
+    scores_BTE = linear(router.proj, mx.fast.rms_norm(hidden_BTD, scale, plan.rms_norm_eps))
     chosen = mx.stop_gradient(mx.argpartition(scores_BTE, -plan.moe.top_k, axis=-1))
     chosen = chosen[..., -plan.moe.top_k :]
     # A softmax over all experts, renormalised over the chosen, is a softmax over the chosen.
