@@ -37,7 +37,7 @@ from ..model.quantize import (
     require_full_precision,
     stored_quantization,
 )
-from ..storage import new_folder
+from ..storage import new_folder, require_replaceable
 from .shards import Job, Output, StoredWeight, as_bytes, stored_weights, write_shards
 
 _PIECE_BYTES = 1 << 26  # of float32 values that are merged at a time
@@ -157,6 +157,7 @@ def save_quantized(model: str | Path, folder: str | Path, quantize: str | int) -
     """
     base = resolve(model)
     require_full_precision(read_config(base), model)
+    require_replaceable(Path(folder).expanduser(), None)
     fusion = _Fusion(base, {}, quantize, None)
     fusion.write(folder)
     return described(fusion.packings.values())

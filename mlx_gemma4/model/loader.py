@@ -56,7 +56,7 @@ from .quantize import (
     stored_quantization,
 )
 
-_PIECE_BYTES = 1 << 26  # of a weight, in float32, that is quantized at a time
+_PIECE_BYTES = 1 << 23  # of a weight, in float32, that is quantized at a time
 
 
 @dataclass

@@ -131,6 +131,21 @@ def test_the_printed_command_is_one(tiny, tmp_path, capsys, monkeypatch):
     assert training.batch_size == 4 and training.memory == "1GB"
 
 
+@pytest.mark.parametrize("quantize", ["4", "mxfp4", "q4_0"])
+def test_it_forecasts_what_is_quantized_while_loading(tiny, tmp_path, capsys, quantize):
+    from mlx_gemma4.train.__main__ import _settings
+
+    main([str(tiny), "--memory", "1GB", "--quantize", quantize])
+    printed = capsys.readouterr().out
+    assert "4-bit" in printed and "8-bit" not in printed
+    assert _settings(printed.splitlines()[-1].split()[3:])[0].quantize == quantize
+    shutil.copy(tiny / "config.json", tmp_path)
+    config = read_config(tmp_path) | {"quantization": {"bits": 4, "group_size": 64}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="quantized to 4 bits already"):
+        main([str(tmp_path), "--quantize", quantize])
+
+
 def test_the_printed_command_can_be_pasted(tiny, tmp_path, capsys):
     """Paths with spaces are quoted."""
     from mlx_gemma4.train.__main__ import _settings
