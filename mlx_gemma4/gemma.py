@@ -72,6 +72,7 @@ def load(
         tokenizer=tokenizer,
         processor=load_processor(folder) if encoders else None,
         end_tokens=frozenset(end_tokens(folder, loaded.config, tokenizer)),
+        quantize=None if quantize is None else str(quantize),
     )
     if adapter is not None:
         gemma.lora = load_adapter(gemma.backbone, gemma.plan, adapter)
@@ -88,6 +89,7 @@ class Gemma4:
         tokenizer: transformers' tokenizer, with the chat template.
         processor: mlx-vlm's processor where encoders were loaded.
         end_tokens: token ids on which an answer ends.
+        quantize: how it was quantized while loading, as asked for.
         lora: the settings of the LoRA layers on it, if any.
     """
 
@@ -96,6 +98,7 @@ class Gemma4:
     tokenizer: Any
     processor: Any
     end_tokens: frozenset[int]
+    quantize: str | None = None
     lora: LoraConfig | None = None
 
     @property

@@ -10,11 +10,14 @@ from helpers import CHAT, relative_gap, some_tokens, write_rows
 
 import mlx_gemma4 as g4
 from mlx_gemma4.config import RunConfig, read_yaml
-from mlx_gemma4.export.fuse import save_quantized, with_quantized_model
+from mlx_gemma4.export import export
+from mlx_gemma4.export.fuse import fuse, save_quantized, with_quantized_model
 from mlx_gemma4.generate import main as generate
 from mlx_gemma4.lora.formats import ADAPTERS
+from mlx_gemma4.model.loader import build_backbone
 from mlx_gemma4.model.names import flat
 from mlx_gemma4.model.plan import read_config
+from mlx_gemma4.model.quantize import quantizable
 from mlx_gemma4.train.__main__ import main as train
 
 
@@ -32,7 +35,12 @@ def test_mlx_lm_and_mlx_vlm_load_it_with_our_logits(others, family, quantize, tm
     table = in_memory.plan.ple is not None
     assert relative_gap(stored.logits(tokens), ours) < (0.5 if table else 1e-6)
     ours = stored.logits(tokens)[0]
-    for library in (ADAPTERS["mlx-lm"].library, ADAPTERS["mlx-vlm"].library):
+    # mlx-vlm before 0.5 cannot quantize the projection of per-layer embeddings.
+    config = read_config(base)
+    plan = in_memory.plan
+    lacks = quantizable(build_backbone(plan)).keys() - quantizable(build_backbone(plan, config))
+    libraries = ["mlx-lm"] if lacks else ["mlx-lm", "mlx-vlm"]
+    for library in (ADAPTERS[name].library for name in libraries):
         model = library.load(folder)
         theirs = mx.array(library.logits(model, tokens[0].tolist()))
         assert relative_gap(theirs, ours) < 1e-4, library.packages
@@ -95,9 +103,28 @@ def test_a_run_that_quantizes_while_loading(tiny, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "quantized: 44 weights in 8 bits in groups of 64" in printed
     assert f"--model {tiny} --quantize 8 --adapter" in printed.splitlines()[-1]
+    train(["--output", str(output), "--resume", "--iters", "2"])
+    assert "quantized: 44 weights in 8 bits" in capsys.readouterr().out
     with pytest.raises(g4.TrainingError, match="quantize"):
         train(["--output", str(output), "--resume", "--iters", "2", "--quantize", "4"])
     with pytest.raises(g4.ConfigError, match="fine_tune_type is full and quantize is 8"):
         train(["--model", str(tiny), *words, "--quantize", "8", "--fine-tune-type", "full"])
-    run = g4.load(tiny, output, quantize=8)
-    run.generate("What?", max_tokens=2)
+    gemma = g4.load(tiny, output, quantize=8)
+    for format in ("peft", "fused"):
+        for line in export(gemma, tmp_path / format, format):
+            assert "not run" in str(line) and "quantized while it was loaded" in str(line)
+
+
+@pytest.mark.parametrize("layout", ["transformers", "mlx"])
+def test_it_is_read_again_in_whatever_layout_it_has(checkpoints, others, layout, tmp_path):
+    """The router has a mode of its own, which config.json tells by the path of its module."""
+    base = checkpoints["moe"] if layout == "transformers" else others["moe"]
+    save_quantized(base, tmp_path / "saved", "mxfp4")
+    fuse(tmp_path / "saved", {}, tmp_path / "plain")
+    assert "quantization" not in read_config(tmp_path / "plain")
+    old, new = (g4.load(folder).backbone.parameters() for folder in (base, tmp_path / "plain"))
+    old, new = flat(old), flat(new)
+    assert old.keys() == new.keys()
+    for name, value in old.items():
+        gap = mx.linalg.norm(new[name].astype(mx.float32) - value) / mx.linalg.norm(value)
+        assert float(gap) < (0.01 if "router" in name or value.ndim == 1 else 0.15), name
