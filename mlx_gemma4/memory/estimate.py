@@ -296,7 +296,7 @@ def _head(plan: Plan, s: StepSettings, last_layer: int) -> int:
         parts = math.ceil(plan.vocab_size / width)
         alive = min(plan.vocab_size, width * ahead)
         total = targets * alive * (4 + s.itemsize)  # exponentials; logits, then their gradient
-        weights = alive * plan.hidden_size if s.bits else 0
+        weights = alive * plan.hidden_size if s.packing else 0
     waiting = max(0.0, 1 - parts / ahead) * last_layer
     hidden = _HIDDEN_ARRAYS * targets * plan.hidden_size
     return total + round(waiting) + (weights + hidden) * s.itemsize
