@@ -147,6 +147,7 @@ def _checkpoints(
         return None, Progress()
     settings = flatten(config, data.config, *([run.gemma.lora] if run.gemma.lora else []))
     settings |= {"model": run.gemma.name, "data": data.source}
+    settings |= {"quantize": run.gemma.quantize} if run.gemma.quantize else {}
     free = may_change(config)
     fixed = {key: value for key, value in settings.items() if key not in free}
     digests = Examples.of(data.train).digests
