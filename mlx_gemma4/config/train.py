@@ -61,6 +61,12 @@ class TrainConfig(Settings):
     val_batches: int | None = setting(None, "batches of an evaluation; default: all", at_least=1)
     save_every: int = setting(100, "steps between checkpoints", at_least=1)
     keep_checkpoints: int = setting(2, "newest checkpoints to keep, beside the best", at_least=1)
+    max_minutes: float | None = setting(
+        None, "save and stop after so many; time asleep does not count", above=0.0
+    )
+    patience: int | None = setting(
+        None, "save and stop after so many evaluations without a lower validation loss", at_least=1
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -28,7 +28,7 @@ from ..objectives import Objective
 from ..objectives.sft import sft
 from ..storage import write_text
 from .budget import run_memory
-from .checkpoint import Checkpoints, writing
+from .checkpoint import Checkpoints, fingerprint, writing
 from .console import Console
 from .evaluate import evaluate
 from .folder import METRICS, SUMMARY, RunFolder, claim
@@ -41,6 +41,8 @@ from .trainer import Trainer
 _FREE_ON_RESUME = {
     *("learning_rate", "rematerialize", "memory", "attention"),
     *("report_every", "eval_every", "val_batches", "save_every", "keep_checkpoints", "verbose"),
+    *("max_minutes", "patience"),
+    *("model", "data"),  # by content: `weights` and `rows`
 }
 
 
@@ -52,7 +54,7 @@ def finetune(
     lora: LoraConfig | None = None,
     objective: Objective = sft,
     output: str | Path | RunFolder | None = None,
-    resume: bool = False,
+    resume: bool | str = False,
     callbacks: Sequence[Callback] = (),
     console: bool = True,
 ) -> Run:
@@ -63,6 +65,7 @@ def finetune(
         objective: what is minimised, as in `mlx_gemma4.objectives`.
         output: folder for all that a run writes; None keeps it in memory.
         resume: go on from the newest checkpoint in `output`; from the start if it has none yet.
+            "auto" starts a run if there is none.
         callbacks: told of progress, beside the console.
         console: whether to print what trains and a line a report, with a bar on a terminal.
 
@@ -70,10 +73,13 @@ def finetune(
         DataError, TrainingError: no examples, a loss that is not finite, an output folder that
             holds another run or is in use, a checkpoint that does not fit, a full disk, `lora` for
             a full fine-tuning.
-        KeyboardInterrupt: Ctrl-C, once the run has ended its step and saved.
+        KeyboardInterrupt: Ctrl-C or SIGTERM, once the run has ended its step and saved.
     """
     if not data.train:
         raise DataError("there are no training examples", wanted="some", do="read another file")
+    if config.patience and not data.valid:
+        do = "give a valid file, or valid_fraction"
+        raise TrainingError("patience without validation data", wanted="some", do=do)
     if wrong := [callback for callback in callbacks if not isinstance(callback, Callback)]:
         kind = "a subclass of mlx_gemma4.Callback"
         raise TrainingError(f"{wrong[0]!r} is no Callback", wanted=kind, do=f"make it {kind}")
@@ -151,13 +157,16 @@ def _checkpoints(
     fixed = {key: value for key, value in settings.items() if key not in free}
     digests = Examples.of(data.train).digests
     fixed["rows"] = hashlib.sha256(np.ascontiguousarray(digests).tobytes()).hexdigest()[:16]
-    checkpoints, progress = Checkpoints(folder.path, config.keep_checkpoints, fixed), Progress()
-    run.notes.append(checkpoints.note(run.gemma, optimizer))
-    if folder.newest:
-        progress = checkpoints.restore(folder.newest, run.gemma, optimizer)
+    fixed["weights"] = fingerprint(run.gemma)
+    checkpoints = Checkpoints(folder.path, config.keep_checkpoints, fixed)
+    progress, damage = checkpoints.restore(run.gemma, optimizer)
+    run.notes += [*damage, checkpoints.note(run.gemma, optimizer)]
+    if progress.step:
         run.step = progress.step
         reports = read_metrics(folder.path / METRICS)
         run.history = [report for report in reports if report["step"] <= run.step]
+    elif folder.resumed:
+        run.notes.append("no checkpoint was saved yet: beginning at the first step")
     folder.note(settings)
     return checkpoints, progress
 
@@ -166,7 +175,7 @@ def may_change(config: TrainConfig) -> set[str]:
     """Settings that a run which resumes may change; at a constant rate it may become longer too."""
     # A schedule that falls ends with the run.
     length = {"iters", "epochs"} if config.lr_schedule == "constant" else set()
-    return _FREE_ON_RESUME | length | {"data"}
+    return _FREE_ON_RESUME | length
 
 
 def _prepare(gemma: Gemma4, config: TrainConfig, lora: LoraConfig | None) -> None:
@@ -198,6 +207,7 @@ def _summary(run: Run, data: Dataset, config: TrainConfig, objective: Objective)
         for key in ("loss", "val_loss")
     )
     trainable = flat(run.gemma.backbone.trainable_parameters())
+    losses = {m["val_loss"]: m["step"] for m in run.history[::-1] if m["val_loss"] is not None}
     test = None
     if data.test and not run.interrupted:
         test = evaluate(run.gemma, data.test, data.config, config, objective)
@@ -209,6 +219,7 @@ def _summary(run: Run, data: Dataset, config: TrainConfig, objective: Objective)
         "train_loss": trained[-1] if trained else None,
         "val_loss_before": validated[0] if validated else None,
         "val_loss": validated[-1] if validated else None,
+        "best_step": losses[min(losses)] if losses else None,
         "test_loss": test,
         "trainable_parameters": sum(value.size for value in trainable.values()),
         "adapted_modules": dict(adapted_modules(run.gemma.backbone)),

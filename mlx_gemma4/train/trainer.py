@@ -73,18 +73,24 @@ class Trainer:
         run, config = self.run, self.config
         for callback in self.callbacks:
             callback.start(run, run.step, total)
+        # perf_counter stands still while a machine sleeps, on macOS and Linux.
+        until = time.perf_counter() + 60 * (config.max_minutes or math.inf)
         try:
             if not run.step:
                 self._report(self.validate() if self.validate else None)
             self._meter.resume()
-            for step in self.steps:
+            for step in () if self._is_stuck() else self.steps:
                 self._take(step)
+                if time.perf_counter() > until:
+                    run.stop(f"max_minutes, {config.max_minutes:g}, are over")
                 last = run.step == total or run.stopped is not None
                 evaluated = last or run.step % config.eval_every == 0
                 validate = self.validate if evaluated and not run.interrupted else None
                 val_loss = validate() if validate else None
                 if evaluated or run.step % config.report_every == 0:
                     self._report(val_loss)
+                if val_loss is not None:
+                    last = self._is_stuck() or last
                 self._save(step.progress, val_loss, last)
                 if last:
                     break
@@ -115,6 +121,19 @@ class Trainer:
         self._meter.add(sums, norm, step.num_tokens)
         for callback in self.callbacks:
             callback.advance(number, loss / count)
+
+    def _is_stuck(self) -> bool:
+        """Stop where the last `patience` regular evaluations brought no lower validation loss."""
+        losses = [
+            m["val_loss"]
+            for m in self.run.history
+            if m["val_loss"] is not None and m["step"] % self.config.eval_every == 0
+        ]
+        patience = self.config.patience or math.inf
+        stuck = bool(losses) and len(losses) - 1 - losses.index(min(losses)) >= patience
+        if stuck:
+            self.run.stop(f"no lower validation loss in {patience} evaluations")
+        return stuck
 
     def _report(self, val_loss: float | None) -> None:
         rate = float(self.optimizer.learning_rate)
