@@ -24,10 +24,12 @@ from mlx_gemma4.data import stdlib
 from mlx_gemma4.model.tiny import build_tiny
 
 SETTINGS = (
-    "--iters 400 --save-every 3 --eval-every 4 --report-every 2 --lora-rank 4 --batch-size 2 "
-    "--max-seq-length 128 --overlong truncate --grad-accumulation-steps 2 --lora-dropout 0.1 "
-    "--warmup-steps 20 --lr-schedule cosine --learning-rate 3e-3 --val-batches 2 --patience 40"
+    "--iters 40 --save-every 3 --eval-every 4 --report-every 1 --lora-rank 4 --batch-size 1 "
+    "--max-seq-length 64 --overlong truncate --grad-accumulation-steps 2 --lora-dropout 0.1 "
+    "--warmup-steps 9 --lr-schedule cosine --learning-rate 3e-3 --val-batches 2 --patience 4"
 )
+_LOADING = 0.25
+"""The share of kills before the first step."""
 
 
 def command(model: Path, data: Path, output: Path) -> list[str]:
@@ -42,37 +44,42 @@ def moment(output: Path, told: str) -> str:
     steps = re.findall(r"^step (\d+) of", told, re.MULTILINE)
     if not steps:
         return "loading"
-    return "evaluating or saving" if (int(steps[-1]) + 1) % 4 == 0 else "stepping"
+    due = {3: "saving or stepping", 4: "evaluating"}
+    return next((what for every, what in due.items() if int(steps[-1]) % every == 0), "stepping")
+
+
+def killed(words: list[str], log: Path, number: signal.Signals) -> tuple[int, bool, str]:
+    """(exit code, whether it was killed, what it printed) of a run that gets a signal some time."""
+    with log.open("w") as file:
+        process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT)
+    if random.random() < _LOADING:
+        time.sleep(random.uniform(0.1, 6))
+    else:
+        steps = random.randint(1, 9)
+        while process.poll() is None and log.read_text().count("\nstep ") < steps:
+            time.sleep(0.02)
+        time.sleep(random.uniform(0, 0.5))
+    alive = process.poll() is None
+    process.send_signal(number)
+    return process.wait(), alive, log.read_text()
 
 
 def chain(model: Path, data: Path, whole: Path, number: signal.Signals, count: int) -> None:
     seen: Counter[str] = Counter()
-    tracebacks = unequal = finished = 0
-    output = whole.parent / f"{number.name}-0"
-    adapter = "adapter/adapters.safetensors"
-    while seen.total() < count or not (output / "summary.json").exists():
-        words = command(model, data, output)
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        process = subprocess.Popen(words, **pipes)
-        alive = True
-        if seen.total() < count:
-            time.sleep(random.uniform(0.5, 12))
-            alive = process.poll() is None
-            if alive:
-                process.send_signal(number)
-        told, wrong = process.communicate()
-        tracebacks += "Traceback" in wrong
-        if alive and seen.total() < count:
-            seen[moment(output, told)] += 1
-        elif process.returncode == 0:
-            finished += 1
-            unequal += (output / adapter).read_bytes() != (whole / adapter).read_bytes()
-            if seen.total() >= count:
-                break
-            output = whole.parent / f"{number.name}-{finished}"
-        elif process.returncode not in (130, -number):
-            raise SystemExit(wrong)
-    told = {"kills": dict(seen), "runs": finished, "differ": unequal, "tracebacks": tracebacks}
+    tracebacks = differ = runs = 0
+    while seen.total() < count:
+        runs, output = runs + 1, whole.parent / f"{number.name}-{runs}"
+        words, code = command(model, data, output), -1
+        while code and seen.total() < count:
+            code, alive, told = killed(words, whole.parent / "log", number)
+            seen[moment(output, told)] += alive
+            tracebacks += "Traceback" in told and "KeyboardInterrupt" not in told
+            if code not in (0, 130, -number):
+                raise SystemExit(told)
+        subprocess.run(words, check=True, capture_output=True)
+        adapter = "adapter/adapters.safetensors"
+        differ += (output / adapter).read_bytes() != (whole / adapter).read_bytes()
+    told = {"kills": dict(seen), "runs": runs, "differ": differ, "tracebacks": tracebacks}
     print(number.name, json.dumps(told), flush=True)
 
 
@@ -94,7 +101,7 @@ def main() -> None:
         )
         steps = json.loads((whole / "summary.json").read_text())["steps"]
         print(f"left alone: {steps} steps in {time.perf_counter() - began:.0f} s", flush=True)
-        for number in (signal.SIGKILL, signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
             chain(root / "model", root / "data", whole, number, given.count)
 
 

@@ -61,6 +61,10 @@ class TrainConfig(Settings):
     val_batches: int | None = setting(None, "batches of an evaluation; default: all", at_least=1)
     save_every: int = setting(100, "steps between checkpoints", at_least=1)
     keep_checkpoints: int = setting(2, "newest checkpoints to keep, beside the best", at_least=1)
+    on_nonfinite: Literal["stop", "skip"] = setting(
+        "stop",
+        "a loss or gradient that is not finite changes no weight; save a report and stop, or go on",
+    )
     max_minutes: float | None = setting(
         None, "save and stop after so many; time asleep does not count", above=0.0
     )

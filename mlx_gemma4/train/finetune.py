@@ -22,12 +22,13 @@ from ..data.example import Examples
 from ..errors import DataError, TrainingError
 from ..gemma import Gemma4
 from ..lora.attach import adapted_modules
+from ..memory.choose import machine_memory
 from ..model.names import flat
 from ..nn.batch import StepOptions
 from ..objectives import Objective
 from ..objectives.sft import sft
 from ..storage import write_text
-from .budget import run_memory
+from .budget import memory_explained, run_memory
 from .checkpoint import Checkpoints, fingerprint, writing
 from .console import Console
 from .evaluate import evaluate
@@ -41,7 +42,7 @@ from .trainer import Trainer
 _FREE_ON_RESUME = {
     *("learning_rate", "rematerialize", "memory", "attention"),
     *("report_every", "eval_every", "val_batches", "save_every", "keep_checkpoints", "verbose"),
-    *("max_minutes", "patience"),
+    *("max_minutes", "patience", "on_nonfinite"),
     *("model", "data"),  # by content: `weights` and `rows`
 }
 
@@ -121,11 +122,18 @@ def finetune(
     )
     resident, started = mx.get_active_memory(), time.perf_counter()
     cache_limit = mx.set_cache_limit(memory.step // 2)
+    # Metal keeps wired what is in use, as it does for mlx-lm.
+    wired = mx.set_wired_limit(machine_memory()) if mx.metal.is_available() else None
+    explained = memory_explained(
+        config, data.config.max_seq_length, layers, len(gemma.plan.layers), memory
+    )
     try:
-        with interruptible(run):
+        with interruptible(run), explained:
             trainer.train(total)
     finally:
         mx.set_cache_limit(cache_limit)
+        if wired is not None:
+            mx.set_wired_limit(wired)
     run.summary = _summary(run, data, config, objective) | {
         "seconds": time.perf_counter() - started,
         "resident_before_gb": resident / 1e9,

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -26,7 +27,8 @@ from mlx_gemma4.storage import write_hashes
 from mlx_gemma4.train.step import train_step
 
 METRICS = [
-    "step", "loss", "val_loss", "tokens", "tokens_per_second", "learning_rate", "peak_memory_gb"
+    "step", "loss", "val_loss", "tokens", "tokens_per_second", "learning_rate", "peak_memory_gb",
+    "grad_norm",
 ]  # fmt: skip
 ROWS = [
     {"prompt": "A list?", "completion": "It holds values."},
@@ -629,9 +631,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_saved(tiny, 
         )  # fmt: skip
     assert error.value.found.startswith("the loss of step 4 is nan")
     assert f"{tmp_path / 'out' / 'checkpoints' / 'step-000002'} is kept" in error.value.found
-    assert error.value.do == "lower the learning rate and resume"
+    assert "first in layers.0.mlp.down_proj" in error.value.found
+    assert re.search(r"examples:\n    .*train.jsonl:\d", error.value.found)
+    assert error.value.do.endswith("on_nonfinite skip, and resume")
     now = snapshot(tmp_path / "out")
-    assert set(now) == set(kept)
+    assert set(now) == {*kept, "nonfinite-000004.json"}
     assert [n for n in kept if now[n] != kept[n]] in ([], ["metrics.jsonl"])
     assert g4.load(tiny, adapter=tmp_path / "out" / "adapter").lora.rank == 2
 
@@ -647,8 +651,8 @@ def test_a_loss_that_is_not_finite_before_any_checkpoint(tiny, data, tmp_path):
     text_model(gemma.backbone).layers[0].mlp.down_proj.weight *= float("nan")
     with pytest.raises(g4.TrainingError) as error:
         g4.finetune(gemma, data, SETTINGS, lora=LORA, output=tmp_path / "out", console=False)
-    assert error.value.found == "the loss of step 1 is nan"
-    assert error.value.do == "lower the learning rate"
+    assert error.value.found.startswith("the loss of step 1 is nan, its gradient's norm nan")
+    assert "lower the learning rate" in error.value.do and "resume" not in error.value.do
     assert not (tmp_path / "out" / "adapter").exists()
 
 
