@@ -28,7 +28,7 @@ STEPS = [
     {"lora"},
     {"gemma"},
     {"data", "objectives"},
-    {"export"},
+    {"export", "report"},
     {"train"},
     {"commands"},
 ]

@@ -97,3 +97,10 @@ class ShowConfig(Settings):
     show: int = setting(0, "print the first N examples", at_least=0)
     html: str | None = setting(None, "write the same as a page, with examples")
     json: bool = setting(False, "print the figures as JSON")
+
+
+@dataclass(frozen=True)
+class ReportConfig(Settings):
+    """`python -m mlx_gemma4.report`."""
+
+    runs: Sequence[str] | None = setting(None, "output folders of runs, such as runs/*")

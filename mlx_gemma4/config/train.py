@@ -8,6 +8,8 @@ from typing import Literal
 from ..errors import ConfigError
 from .schema import Settings, setting, wrong
 
+_SERVICES = ("tensorboard", "wandb", "trackio", "swanlab")
+
 
 @dataclass(frozen=True)
 class TrainConfig(Settings):
@@ -65,6 +67,14 @@ class TrainConfig(Settings):
         "stop",
         "a loss or gradient that is not finite changes no weight; save a report and stop, or go on",
     )
+    sample_prompts: str | None = setting(
+        None,
+        "a file of prompts, a line each (.jsonl: prompt or messages), answered at each evaluation "
+        "and kept in report.html",
+    )
+    report_to: tuple[str, ...] = setting(
+        (), "send figures to tensorboard, wandb, trackio or swanlab too"
+    )
     max_minutes: float | None = setting(
         None, "save and stop after so many; time asleep does not count", above=0.0
     )
@@ -83,6 +93,8 @@ class TrainConfig(Settings):
                 wanted="an optimizer that has weight decay",
                 do="take optimizer adamw, or leave out weight_decay",
             )
+        if unknown := sorted({*self.report_to} - {*_SERVICES}):
+            raise wrong("report_to", ", ".join(unknown), "some of " + ", ".join(_SERVICES))
         if self.min_learning_rate > self.learning_rate:
             most = f"at most learning_rate, {self.learning_rate}"
             raise wrong("min_learning_rate", self.min_learning_rate, most)

@@ -68,8 +68,14 @@ def _train(
     from ..gemma import load
     from ..memory.choose import fit_settings
     from . import embedded
+    from .evaluate import read_prompts
     from .finetune import finetune
+    from .loggers import make_loggers
 
+    # What is wrong with these shows before gigabytes are read.
+    make_loggers(config.report_to, {})
+    if config.sample_prompts:
+        read_prompts(config.sample_prompts)
     model, data_folder = settings.model, settings.data
     own = model in (None, str(embedded.model_folder()))
     if own:
@@ -121,6 +127,7 @@ def _tell(summary: Mapping[str, Any], prompt: str, verbose: bool) -> None:
         )
     words = ["--model", summary["model"], "--adapter", summary["adapter"], "--prompt", prompt]
     print(f"adapter: {summary['adapter']}")
+    print(f"report: {Path(summary['adapter']).with_name('report.html')}")
     print(f"try it: python -m mlx_gemma4.generate {shlex.join(words)}")
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from ..config import LoraConfig, TrainConfig, flatten
 from ..data.batch.order import BatchOrder
 from ..data.dataset import Dataset
 from ..data.example import Examples
+from ..data.inspect import Shown
 from ..errors import DataError, TrainingError
 from ..gemma import Gemma4
 from ..lora.attach import adapted_modules
@@ -31,18 +32,22 @@ from ..storage import write_text
 from .budget import memory_explained, run_memory
 from .checkpoint import Checkpoints, fingerprint, writing
 from .console import Console
-from .evaluate import evaluate
-from .folder import METRICS, SUMMARY, RunFolder, claim
+from .evaluate import answers, evaluate, read_prompts
+from .folder import METRICS, REPORT, SUMMARY, RunFolder, claim
 from .interrupt import interruptible
+from .loggers import make_loggers
 from .optim import make_optimizer
 from .prefetch import Progress, training_steps
-from .run import Callback, MetricsFile, Run, read_metrics
+from .run import Callback, MetricsFile, ReportPage, Run, read_metrics
 from .trainer import Trainer
+
+_EXAMPLES, _LONG_EXAMPLE = 3, 4000
+"""Examples in report.html, and the most tokens of one."""
 
 _FREE_ON_RESUME = {
     *("learning_rate", "rematerialize", "memory", "attention"),
     *("report_every", "eval_every", "val_batches", "save_every", "keep_checkpoints", "verbose"),
-    *("max_minutes", "patience", "on_nonfinite"),
+    *("max_minutes", "patience", "on_nonfinite", "sample_prompts", "report_to"),
     *("model", "data"),  # by content: `weights` and `rows`
 }
 
@@ -100,11 +105,15 @@ def finetune(
     run = Run(
         gemma, [note, *filter(None, data.facts.prompts)], output=output.path if output else None
     )
-    checkpoints, progress = _checkpoints(run, data, config, optimizer, output)
-    listeners = [Console()] * console + [*callbacks]
+    settings = flatten(config, data.config, *([gemma.lora] if gemma.lora else []))
+    settings |= {"model": gemma.name, "data": data.source}
+    checkpoints, progress = _checkpoints(run, data, config, settings, optimizer, output)
+    listeners = [Console()] * console + [*callbacks, *make_loggers(config.report_to, settings)]
     if output:
         (output.path / SUMMARY).unlink(missing_ok=True)  # of an earlier end
         listeners.append(MetricsFile(output.path / METRICS))
+        listeners.append(ReportPage(output.path / REPORT, settings, _some(data)))
+    prompts = read_prompts(config.sample_prompts) if config.sample_prompts else []
     validate = partial(
         evaluate, gemma, data.valid, data.config, config, objective, lambda: run.interrupted
     )
@@ -115,6 +124,7 @@ def finetune(
         objective,
         callbacks=listeners,
         validate=validate if data.valid else None,
+        sample=partial(answers, gemma, prompts) if prompts else None,
         checkpoints=checkpoints,
         options=StepOptions(layers, config.attention),
         config=config,
@@ -153,14 +163,13 @@ def _checkpoints(
     run: Run,
     data: Dataset,
     config: TrainConfig,
+    settings: Mapping[str, Any],
     optimizer: optim.Optimizer,
     folder: RunFolder | None,
 ) -> tuple[Checkpoints | None, Progress]:
     """Where the run saves, and where it begins: at the newest checkpoint, if there is one."""
     if folder is None:
         return None, Progress()
-    settings = flatten(config, data.config, *([run.gemma.lora] if run.gemma.lora else []))
-    settings |= {"model": run.gemma.name, "data": data.source}
     free = may_change(config)
     fixed = {key: value for key, value in settings.items() if key not in free}
     digests = Examples.of(data.train).digests
@@ -177,6 +186,14 @@ def _checkpoints(
         run.notes.append("no checkpoint was saved yet: beginning at the first step")
     folder.note(settings)
     return checkpoints, progress
+
+
+def _some(data: Dataset) -> list[Shown]:
+    """The first examples, for a page that is written often: long ones are left out."""
+    if data.tokenizer is None:
+        return []
+    first = range(min(20, len(data)))
+    return [data.show(i) for i in first if len(data[i]) <= _LONG_EXAMPLE][:_EXAMPLES]
 
 
 def may_change(config: TrainConfig) -> set[str]:

@@ -19,6 +19,7 @@ from ..storage import write_text
 from .checkpoint import Checkpoints, writing
 
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
+REPORT = "report.html"
 _LOCK = "lock"
 
 

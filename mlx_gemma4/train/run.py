@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from ..config import read_yaml
+from ..data.inspect import Shown
 from ..errors import TrainingError
 from ..export import export
 from ..extras import import_extra
 from ..gemma import Gemma4, load
+from ..report.page import Story, page
 from ..storage import read_json, write_text
 from .checkpoint import writing
 from .folder import CONFIG, METRICS, SUMMARY, is_run, is_running
@@ -168,6 +170,36 @@ class Callback:
 
     def end(self) -> None:
         """The run is over, was stopped, or failed."""
+
+
+class ReportPage(Callback):
+    """report.html, written whole at every report. A disk that is full does not stop the run here.
+
+    Args:
+        examples: of the data, in colour.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any], examples: Sequence[Shown]):
+        self._path, self._settings, self._examples = path, dict(settings), list(examples)
+
+    def start(self, run: Run, step: int, total: int) -> None:
+        super().start(run, step, total)
+        self._total = total
+
+    def report(self, metrics: Mapping[str, Any]) -> None:
+        self._write(f"running: step {self.run.step} of {self._total}", live=True)
+
+    def end(self) -> None:
+        run = self.run
+        state = "finished" if run.step == self._total else "ended by an error"
+        if run.stopped:
+            state = f"stopped: {run.stopped}"
+        self._write(f"{state}, step {run.step} of {self._total}")
+
+    def _write(self, state: str, live: bool = False) -> None:
+        story = Story(str(self.run.output), self._settings, self.run.history, state)
+        with suppress(OSError):
+            write_text(self._path, page([story], self._examples, live=live))
 
 
 _KEYS = {"step", "loss", "val_loss"}

@@ -44,6 +44,7 @@ class Trainer:
         objective: of the log-probabilities of a batch's targets.
         callbacks: told of everything, in this order.
         validate: gives the validation loss; None where there is nothing to validate on.
+        sample: gives answers to sample prompts, at every evaluation.
         checkpoints: where to save; None keeps the run in memory.
         options: how a step is computed.
         config: gives seed, max_grad_norm, and how often to report, evaluate and save.
@@ -59,6 +60,7 @@ class Trainer:
         *,
         callbacks: Sequence[Callback] = (),
         validate: Callable[[], float | None] | None = None,
+        sample: Callable[[], Any] | None = None,
         checkpoints: Checkpoints | None = None,
         options: StepOptions = StepOptions(),
         config: TrainConfig = TrainConfig(),
@@ -66,7 +68,7 @@ class Trainer:
     ):
         self.gemma, self.steps, self.optimizer = gemma, steps, optimizer
         self.callbacks, self.validate, self.checkpoints = callbacks, validate, checkpoints
-        self.config, self.run = config, run or Run(gemma)
+        self.config, self.run, self.sample = config, run or Run(gemma), sample
         self.objective, self.options = objective, options
         self.step = CompiledStep(gemma, optimizer, objective, options, config.max_grad_norm)
         self._meter = _Meter()
@@ -88,7 +90,7 @@ class Trainer:
         until = time.perf_counter() + 60 * (config.max_minutes or math.inf)
         try:
             if not run.step:
-                self._report(self.validate() if self.validate else None)
+                self._report(self.validate() if self.validate else None, evaluated=True)
             self._meter.resume()
             for step in () if self._is_stuck() else self.steps:
                 self._take(step)
@@ -99,7 +101,7 @@ class Trainer:
                 validate = self.validate if evaluated and not run.interrupted else None
                 val_loss = validate() if validate else None
                 if evaluated or run.step % config.report_every == 0:
-                    self._report(val_loss)
+                    self._report(val_loss, evaluated)
                 if val_loss is not None:
                     last = self._is_stuck() or last
                 self._save(step.progress, val_loss, last)
@@ -173,11 +175,13 @@ class Trainer:
             self.run.stop(f"no lower validation loss in {patience} evaluations")
         return stuck
 
-    def _report(self, val_loss: float | None) -> None:
+    def _report(self, val_loss: float | None, evaluated: bool) -> None:
         rate = float(self.optimizer.learning_rate)
         metrics = {"step": self.run.step, **self._meter.line(val_loss, rate)}
         if self._notes:
             metrics["notes"] = self._notes
+        if self.sample and evaluated and not self.run.interrupted:
+            metrics["samples"] = self.sample()
         self._meter, self._notes = _Meter(), []
         self.run.history.append(metrics)
         for callback in self.callbacks:
