@@ -116,7 +116,8 @@ class Trainer:
 
     def _take(self, step: Step) -> None:
         """One optimizer step."""
-        self.gemma.backbone.train()
+        if not self.gemma.backbone.training:
+            self.gemma.backbone.train()
         number = step.progress.step
         random = np.random.SeedSequence([self.config.seed, number]).generate_state(1)[0]
         key = mx.random.key(int(random))
