@@ -110,11 +110,10 @@ def of_mlx_lm(model: Path, rows: Path, seed: int, given: argparse.Namespace) -> 
         return evaluate(gemma, data.valid, data.config, g4.TrainConfig())
 
 
-LIKE_MLX_LM = {"bias_correction": False, "packing": False, "lr_schedule": "constant"}
 CONTESTANTS: dict[str, Callable[..., float]] = {
     "ours": ours,
-    "ours unpacked": lambda *values: ours(*values, packing=False),
-    "ours, mlx-lm's choices": lambda *values: ours(*values, **LIKE_MLX_LM, warmup_steps=0),
+    "ours, mlx-lm's choices": lambda *values: ours(*values, packing=False),
+    "ours, bias_correction": lambda *values: ours(*values, bias_correction=True),
     "mlx_lm.lora": of_mlx_lm,
 }
 

@@ -33,7 +33,9 @@ class TrainConfig(Settings):
         "adam", "from mlx.optimizers"
     )
     bias_correction: bool = setting(
-        True, "correct Adam's and AdamW's averages for their start; mlx-lm trains without"
+        False,
+        "correct Adam's averages for their start, as PEFT and TRL do; without, the first "
+        "hundreds of updates are larger, as in MLX and mlx-lm",
     )
     learning_rate: float = setting(1e-4, "the optimizer's learning rate", at_least=0.0)
     lr_schedule: Literal["constant", "linear", "cosine"] = setting(

@@ -27,7 +27,7 @@ from ..model.plan import LayerPlan, Plan
 from ..model.targets import chosen_modules, settings_of
 from ..nn.attention import _AUTO_BYTES, _queries_of_a_block
 from ..nn.forward import _LEAST_POSITIONS, _PIECE_BYTES
-from ..nn.head import _chunk_size
+from ..nn.head import _chunk_size, _slab_size
 from ..nn.mask import AttentionMask
 from ..storage import size
 
@@ -44,14 +44,16 @@ makes its velocity without momentum too; Adafactor keeps a row and a column of a
 _ADAPTER_BYTES = 4
 """Adapters are float32 whatever the weights are, and so is what they read."""
 
-_CHUNKS_AHEAD, _TRAINED_CHUNKS_AHEAD, _CHUNKS_AHEAD_COMPILED_ON_CPU = 3, 2, 4
-"""Chunks of the head whose arrays are alive together. MLX allocates for commands that wait for the
-device, about a hundred on CPU: two or three chunks of single operations, or four compiled ones."""
+_SLABS_AHEAD, _SLABS_AHEAD_COMPILED_ON_CPU = 7, 13
+"""Slabs of a frozen head whose arrays are alive together. MLX allocates for commands that wait for
+the device, about a hundred on CPU."""
 
-_HEAD_ARRAYS, _TRAINED_HEAD_ARRAYS, _HIDDEN_ARRAYS = 2, 3, 6
-"""Of a chunk's logits: their exponentials and the gradient; where the head trains the logits too.
-And of every target's hidden state around the head: the final norm's steps, the stored gradient in
-pieces and whole."""
+_CHUNKS_AHEAD, _CHUNKS_AHEAD_COMPILED_ON_CPU = 2, 4
+"""The same of a head's chunks where it trains."""
+
+_CHUNK_ARRAYS, _HIDDEN_ARRAYS = 3, 6
+"""Of a trained head's chunk: logits, their exponentials and their gradient. And of every target's
+hidden state around the head: the final norm's steps, and sums of the gradient."""
 
 _MOVING_MLP, _MOVING_HIDDEN, _MOVING_QUERIES, _MOVING_SCORES = 5, 4, 3, 2
 """Gradients and sums that are alive in one layer's backward pass beside what it kept: of the MLP's
@@ -272,25 +274,31 @@ def _step(plan: Plan, s: StepSettings, trained: int) -> dict[str, int]:
 
 
 def _head(plan: Plan, s: StepSettings, last_layer: int) -> int:
-    """The head's chunks, as many as MLX runs ahead, and the stored gradient.
+    """The head's slabs or chunks, as many as MLX runs ahead, and the stored gradient.
 
-    Where the head has fewer chunks than that, MLX has not yet freed the last layer's passing
-    arrays, about as much as it keeps. A head that trains makes every chunk's logits twice, and a
-    share of its own gradient with each.
+    Where there are fewer than that, MLX has not yet freed the last layer's passing arrays, about
+    as much as it keeps. A head that trains makes every chunk's logits twice, and a share of its own
+    gradient with each.
     """
-    targets = math.ceil(s.positions * s.targets)
-    rows = min(_chunk_size(plan), targets)
-    chunks, trained = math.ceil(targets / rows), s.lora is None
+    targets, trained = math.ceil(s.positions * s.targets), s.lora is None
     compiled_on_cpu = s.compiled and s.device == "cpu"
-    ahead = _TRAINED_CHUNKS_AHEAD if trained else _CHUNKS_AHEAD
-    ahead = _CHUNKS_AHEAD_COMPILED_ON_CPU if compiled_on_cpu else ahead
-    alive = min(2 * targets, rows * max(ahead, 4)) if trained else min(targets, rows * ahead)
-    arrays = _TRAINED_HEAD_ARRAYS if trained else _HEAD_ARRAYS
-    total = arrays * alive * plan.vocab_size * 4
     if trained:
-        total += min(chunks + 1, ahead) * plan.vocab_size * plan.hidden_size * s.itemsize
-    waiting = max(0.0, 1 - (1 + trained) * chunks / ahead) * last_layer
-    return total + round(waiting) + _HIDDEN_ARRAYS * targets * plan.hidden_size * s.itemsize
+        ahead = _CHUNKS_AHEAD_COMPILED_ON_CPU if compiled_on_cpu else _CHUNKS_AHEAD
+        rows = min(_chunk_size(plan), targets)
+        parts = 2 * math.ceil(targets / rows)
+        alive = min(2 * targets, rows * max(ahead, 4))
+        total = _CHUNK_ARRAYS * alive * plan.vocab_size * 4
+        weights = min(parts // 2 + 1, ahead) * plan.vocab_size * plan.hidden_size
+    else:
+        ahead = _SLABS_AHEAD_COMPILED_ON_CPU if compiled_on_cpu else _SLABS_AHEAD
+        width = min(_slab_size(plan, targets), plan.vocab_size)
+        parts = math.ceil(plan.vocab_size / width)
+        alive = min(plan.vocab_size, width * ahead)
+        total = targets * alive * (4 + s.itemsize)  # exponentials; logits, then their gradient
+        weights = alive * plan.hidden_size if s.bits else 0
+    waiting = max(0.0, 1 - parts / ahead) * last_layer
+    hidden = _HIDDEN_ARRAYS * targets * plan.hidden_size
+    return total + round(waiting) + (weights + hidden) * s.itemsize
 
 
 def _backward(plan: Plan, layer: LayerPlan, s: StepSettings) -> int:

@@ -1,12 +1,14 @@
 """The head: a log-probability for every target, without the logits of all of them at once.
 
 Objectives are functions of these log-probabilities (objectives/). The head has the largest output
-of the model, so hidden states meet it a chunk at a time. Where the head itself does not train, a
-chunk's logits give its log-probabilities and their gradient with respect to the hidden states in
-one pass; only that gradient, a small array, waits for the backward pass, which multiplies it by
-the cotangent of each target.
+of the model. Where it does not train, it is read once, a slab of the vocabulary at a time: the
+softcap bounds every logit, so their exponentials are summed as they are, and the sum, known at the
+end, divides what belongs to it. A slab's logits give its share of the gradient with respect to the
+hidden states too, which is all that waits for the backward pass, where it is multiplied by the
+cotangent of each target. Any other head meets the hidden states a chunk at a time, and once more in
+the backward pass.
 
-Shapes: D model, V vocabulary, R targets, C targets of a chunk.
+Shapes: D model, V vocabulary, S rows of the head in a slab, R targets, C targets of a chunk.
 """
 
 from __future__ import annotations
@@ -28,8 +30,12 @@ _CHUNK_BYTES = 8 * 2**20
 
 _LEAST_TARGETS = 64
 
-_SAFE_EXPONENT = 60.0
-"""exp of it, summed over any vocabulary, is far from float32's end."""
+_SLAB_TARGETS, _LEAST_SLAB = 16, 256
+"""A slab has as many logits as so many targets with all of the vocabulary; so many rows and up."""
+
+_SAFE_EXPONENT = 30.0
+"""exp of it and of its negative, times a hidden state and summed over any vocabulary, are far from
+the ends of float32 and bfloat16."""
 
 
 def batch_log_probs(
@@ -60,8 +66,8 @@ def token_log_probs(
         gradient: as in `batch_log_probs`.
     """
     module = _head_module(gemma)
-    if gradient and _is_plain(module) and not flat(module.trainable_parameters()):
-        return _with_frozen_head(module, gemma.plan, hidden_RD, targets_R)
+    if _has_slabs(module, gemma.plan, hidden_RD.dtype):
+        return _by_slabs(module, gemma.plan, hidden_RD, targets_R, gradient)
 
     def log_probs(hidden_CD: mx.array, targets_C: mx.array) -> mx.array:
         logits_CV = logits(gemma, hidden_CD)
@@ -86,29 +92,58 @@ def _head_module(gemma: Model) -> Any:
     return lm_head(gemma.backbone)
 
 
-def _with_frozen_head(
-    module: nn.Module, plan: Plan, hidden_RD: mx.array, targets_R: mx.array
+def _chunk_size(plan: Plan) -> int:
+    """Targets of a chunk: a multiple of 64 whose logits stay within the budget."""
+    return max(_LEAST_TARGETS, _CHUNK_BYTES // (4 * plan.vocab_size) // 64 * 64)
+
+
+def _slab_size(plan: Plan, targets: int) -> int:
+    """Rows of the head in a slab, for so many targets: a multiple of 64."""
+    return max(_LEAST_SLAB, _SLAB_TARGETS * plan.vocab_size // targets // 64 * 64)
+
+
+def _has_slabs(module: nn.Module, plan: Plan, dtype: mx.Dtype) -> bool:
+    """Whether the head is frozen and plain, and exponentials of its logits fit in `dtype`."""
+    kinds = (nn.Embedding, nn.Linear, nn.QuantizedEmbedding, nn.QuantizedLinear)
+    frozen = type(module) in kinds and not flat(module.trainable_parameters())
+    bounded = plan.softcap is not None and plan.softcap <= _SAFE_EXPONENT and dtype != mx.float16
+    return frozen and bounded and "bias" not in module
+
+
+def _by_slabs(
+    module: nn.Module, plan: Plan, hidden_RD: mx.array, targets_R: mx.array, gradient: bool
 ) -> mx.array:
-    """Log-probabilities and their gradient in one pass over the chunks."""
-    size, softcap = _chunk_size(plan), plan.softcap
+    """Log-probabilities, and their gradient if it is asked for, in one pass over a frozen head."""
+    assert plan.softcap is not None
+    softcap, inverse_cap = mx.array(plan.softcap), mx.array(1 / plan.softcap)
+    size = _slab_size(plan, targets_R.size)
+    targets_R1 = targets_R[:, None]
 
     @mx.custom_function
-    def log_probs_and_grads(hidden_RD):
-        log_probs, grads = mx.zeros((0,)), list[mx.array]()
-        for start in range(0, hidden_RD.shape[0], size):
-            chunk = hidden_RD[start : start + size]
-            if grads:
-                chunk = mx.depends(chunk, [grads[-1], log_probs])
-            targets_C1 = targets_R[start : start + size, None]
-            logits_CV = _project(module, chunk)
-            picked, normaliser, flow = _softmax_and_flow(logits_CV, targets_C1, softcap)
-            log_probs = mx.concatenate([log_probs, (picked - normaliser).squeeze(-1)])
-            # d log p / d logits = (onehot(target) - p) * slope of the cap; the one-hot part is a
-            # row of the head for each target, so it is never written out.
-            expected = _project_back(module, flow.astype(hidden_RD.dtype))
-            rows = _head_rows(module, targets_C1.squeeze(-1))
-            grads.append(expected - _slope(picked, softcap).astype(hidden_RD.dtype) * rows)
-        return log_probs, mx.concatenate(grads, axis=0)
+    def log_probs_and_grads(hidden_RD: mx.array) -> tuple[mx.array, mx.array]:
+        sums_R1, found_R1 = list[mx.array](), list[mx.array]()  # of each slab
+        expected_RD = mx.zeros(hidden_RD.shape)  # under exp(logits), not divided by their sum yet
+        done: list[mx.array] = []
+        for start in range(0, plan.vocab_size, size):
+            slab_SD = _head_rows(module, slice(start, start + size))
+            (hidden_RD,) = mx.depends([hidden_RD], done)  # one slab is alive at a time
+            logits_RS = hidden_RD @ slab_SD.T
+            within_R1 = mx.minimum(targets_R1 % size, logits_RS.shape[1] - 1)
+            found_R1.append(mx.take_along_axis(logits_RS, within_R1, axis=1))
+            exps_RS = _exps(logits_RS, softcap)
+            sums_R1.append(exps_RS.sum(axis=1, keepdims=True))
+            done = [found_R1[-1], sums_R1[-1]]
+            if gradient:
+                flow_RS = _flow(exps_RS, inverse_cap).astype(slab_SD.dtype)
+                expected_RD = expected_RD + flow_RS @ slab_SD
+                done.append(expected_RD)
+        sum_R1 = mx.concatenate(sums_R1, axis=1).sum(axis=1, keepdims=True)
+        picked_R1 = mx.take_along_axis(mx.concatenate(found_R1, axis=1), targets_R1 // size, axis=1)
+        picked_R1 = _capped(picked_R1, plan.softcap)
+        # d log p / d logits = (onehot(target) - p) * slope of the cap.
+        rows_RD = (1 - mx.square(picked_R1 * inverse_cap)) * _head_rows(module, targets_R)
+        grads_RD = (expected_RD / sum_R1 - rows_RD).astype(hidden_RD.dtype)
+        return (picked_R1 - mx.log(sum_R1)).squeeze(1), grads_RD
 
     @log_probs_and_grads.vjp
     def vjp(hidden_RD: mx.array, cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]):
@@ -118,40 +153,15 @@ def _with_frozen_head(
     return outputs[0]
 
 
-def _chunk_size(plan: Plan) -> int:
-    """Targets of a chunk: a multiple of 64 whose logits stay within the budget."""
-    return max(_LEAST_TARGETS, _CHUNK_BYTES // (4 * plan.vocab_size) // 64 * 64)
-
-
-def _softmax_and_flow(
-    logits_CV: mx.array, targets_C1: mx.array, softcap: float | None
-) -> tuple[mx.array, mx.array, mx.array]:
-    """(the target's softcapped logit, log of the sum of exps, p * slope of the cap), float32.
-
-    A small cap bounds the exponent by itself: no largest logit is looked for, and the exponentials,
-    of which the softcapped logits are the logarithms, are all that is kept of a chunk.
-    """
-    if softcap is not None and softcap <= _SAFE_EXPONENT:
-        exps = _bounded_exps(logits_CV, mx.array(softcap))
-        sums = exps.sum(axis=-1, keepdims=True)
-        picked = mx.log(mx.take_along_axis(exps, targets_C1, axis=-1))
-        return picked, mx.log(sums), _bounded_flow(exps, 1 / sums, mx.array(1 / softcap))
-    capped = _capped(logits_CV, softcap)
-    picked = mx.take_along_axis(capped, targets_C1, axis=-1)
-    top = capped.max(axis=-1, keepdims=True)
-    exps = mx.exp(capped - top)
-    sums = exps.sum(axis=-1, keepdims=True)
-    return picked, top + mx.log(sums), exps * (1 / sums) * _slope(capped, softcap)
+@partial(mx.compile, shapeless=True)
+def _exps(logits: mx.array, softcap: mx.array) -> mx.array:
+    return mx.exp(mx.tanh(logits.astype(mx.float32) / softcap) * softcap)
 
 
 @partial(mx.compile, shapeless=True)
-def _bounded_exps(logits_CV: mx.array, softcap: mx.array) -> mx.array:
-    return mx.exp(mx.tanh(logits_CV.astype(mx.float32) / softcap) * softcap)
-
-
-@partial(mx.compile, shapeless=True)
-def _bounded_flow(exps: mx.array, factor: mx.array, inverse_cap: mx.array) -> mx.array:
-    return exps * (1 - mx.square(mx.log(exps) * inverse_cap)) * factor
+def _flow(exps: mx.array, inverse_cap: mx.array) -> mx.array:
+    """Times the slope of the cap. The softcapped logits, their logarithms, are not kept."""
+    return exps * (1 - mx.square(mx.log(exps) * inverse_cap))
 
 
 def _capped(logits: mx.array, softcap: float | None) -> mx.array:
@@ -159,42 +169,15 @@ def _capped(logits: mx.array, softcap: float | None) -> mx.array:
     return logits if softcap is None else mx.tanh(logits / softcap) * softcap
 
 
-def _slope(capped: mx.array, softcap: float | None) -> mx.array:
-    """d capped / d logits."""
-    return mx.ones_like(capped) if softcap is None else 1 - mx.square(capped / softcap)
-
-
-def _is_plain(module: nn.Module) -> bool:
-    """Whether the gradient of `_project` is known here: no bias, no adapter."""
-    kinds = (nn.Embedding, nn.Linear, nn.QuantizedEmbedding, nn.QuantizedLinear)
-    return type(module) in kinds and "bias" not in module
-
-
 def _project(module: nn.Module, hidden: mx.array) -> mx.array:
     """(..., D) -> (..., V)."""
     return module.as_linear(hidden) if hasattr(module, "as_linear") else module(hidden)
 
 
-def _project_back(module: nn.Module, flow_CV: mx.array) -> mx.array:
-    """(C, V) -> (C, D): the gradient of `_project`."""
-    if "scales" not in module:
-        return flow_CV @ module.weight
-    tensors = module.weight, module.scales, module.get("biases")
-    return mx.quantized_matmul(flow_CV, *tensors, transpose=False, **_packing(module))
-
-
-def _head_rows(module: nn.Module, targets_C: mx.array) -> mx.array:
-    """Rows of the head (C, D)."""
-    if "scales" not in module:
-        return module.weight[targets_C]
-    biases = module.get("biases")
-    return mx.dequantize(
-        module.weight[targets_C],
-        module.scales[targets_C],
-        None if biases is None else biases[targets_C],
-        **_packing(module),
-    )
-
-
-def _packing(module: nn.Module) -> dict[str, Any]:
-    return {name: getattr(module, name) for name in ("group_size", "bits", "mode")}
+def _head_rows(module: nn.Module, which: slice | mx.array) -> mx.array:
+    """Rows of the head (S, D), unpacked."""
+    tensors = [module[name][which] for name in ("weight", "scales", "biases") if name in module]
+    if len(tensors) == 1:
+        return tensors[0]
+    packing = {name: getattr(module, name) for name in ("group_size", "bits", "mode")}
+    return mx.dequantize(*tensors, **packing)

@@ -42,6 +42,7 @@ _BASE = TrainConfig(
     iters=240,
     batch_size=4,
     learning_rate=2e-2,
+    bias_correction=True,
     lr_schedule="linear",
     warmup_steps=10,
 )

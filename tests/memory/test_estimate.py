@@ -77,7 +77,7 @@ def test_one_layer_is_not_all():
 
 def test_what_costs_memory():
     """Each term moves with what it is made of."""
-    plan = plan_of("e2b")
+    plan = plan_of("e2b", vocab_size=65536)
     usual = StepSettings(length=1024)
     peak = estimate(plan, usual).peak
     for less in ({"targets": 0.1}, {"remat_layers": 6}, {"moments": 0}, {"bits": 4},
