@@ -29,7 +29,12 @@ FIELDS = [(group, item) for group in GROUPS for item in dataclasses.fields(group
 FIELD_IDS = [f"{group.__name__}.{item.name}" for group, item in FIELDS]
 
 
-OWN_VALUES = {"rematerialize": "none", "resume": "auto", "min_learning_rate": 5e-5}
+OWN_VALUES = {
+    "rematerialize": "none",
+    "resume": "auto",
+    "report_to": ["wandb", "trackio"],
+    "min_learning_rate": 5e-5,
+}
 BESIDE = {"weight_decay": {"optimizer": "adamw"}}
 """What a field needs of another, to be a setting at all."""
 
