@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-from mlx.utils import tree_map, tree_unflatten
+from mlx.utils import tree_map, tree_map_with_path
 
 from ..errors import TrainingError
 from ..gemma import Gemma4
@@ -118,18 +118,18 @@ def train_step(
     if max_grad_norm is not None:
         factor = mx.minimum(max_grad_norm / (norm + 1e-6), 1.0)
         means = tree_map(lambda grad: grad * factor.astype(grad.dtype), means)
-    parameters, state = gemma.backbone.trainable_parameters(), optimizer.state
-    before = flat(parameters), flat(state)
+    before = flat(gemma.backbone.trainable_parameters()), flat(optimizer.state)
     optimizer.update(gemma.backbone, means)
     is_finite = mx.isfinite(norm) & mx.isfinite(totals.loss)
-    parameters, state = (
-        tree_unflatten(
-            [(k, mx.where(is_finite, new, old.get(k, new))) for k, new in flat(t).items()]
-        )
-        for t, old in zip((gemma.backbone.trainable_parameters(), optimizer.state), before)
-    )
-    gemma.backbone.update(parameters)
-    optimizer.state = state
+
+    def chosen(tree: Any, old: dict[str, mx.array]) -> Any:
+        def choose(path: str, new: mx.array) -> mx.array:
+            return mx.where(is_finite, new, old.get(path, new))
+
+        return tree_map_with_path(choose, tree)
+
+    gemma.backbone.update(chosen(gemma.backbone.trainable_parameters(), before[0]))
+    optimizer.state = chosen(optimizer.state, before[1])
     return totals, norm
 
 

@@ -128,7 +128,7 @@ def snapshot(folder: Path) -> dict[str, str]:
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in folder.rglob("*")
-        if path.is_file()
+        if path.is_file() and path.name != "report.html"  # which has the time
     }
 
 
@@ -181,6 +181,7 @@ def test_the_output_folder(tiny, data, tmp_path):
         *(f"checkpoints/step-000005/{name}" for name in in_checkpoint),
         *(f"checkpoints/step-000010/{name}" for name in in_checkpoint),
         "metrics.jsonl",
+        "report.html",
         "summary.json",
         "config.yaml",
     }
