@@ -21,15 +21,16 @@ from step_memory import build_model, grid, measured, name, plan_of
 
 from mlx_gemma4.memory.estimate import StepSettings, estimate
 from mlx_gemma4.model.plan import FULL, SLIDING, Plan
+from mlx_gemma4.model.quantize import Packing
 
 
-def member(
+def member_config(
     base: str, layers: int, period: int, hidden: int, width: int, heads: int,
     kv_heads: tuple[int, int], window: int, shared: int = 0, ple: int = 0, **more: Any,
-) -> Plan:  # fmt: skip
-    """The plan of a released member: `period` - 1 sliding layers before each full one."""
+) -> dict[str, Any]:  # fmt: skip
+    """config.json of a released member: `period` - 1 sliding layers before each full one."""
     kinds = ([SLIDING] * (period - 1) + [FULL]) * layers
-    config = {
+    return {
         **SHAPES[base],
         "model_type": "gemma4_text",
         "num_hidden_layers": layers,
@@ -48,18 +49,19 @@ def member(
         "num_kv_shared_layers": shared,
         **more,
     }
-    return Plan.from_config(config)
 
 
 MOE = {"num_experts": 128, "top_k_experts": 8, "moe_intermediate_size": 704}
-MEMBERS = {
-    "E2B": member("e2b", 35, 5, 1536, 6144, 8, (1, 1), 512, shared=20, ple=256),
-    "E4B": member("e4b", 42, 6, 2560, 10240, 8, (2, 2), 512, shared=18, ple=256),
-    "12B": member("dense", 48, 6, 3840, 15360, 16, (8, 1), 1024),
-    "26B-A4B": member("moe", 30, 6, 2816, 2112, 16, (8, 2), 1024, **MOE),
-    "31B": member("dense", 60, 6, 5376, 21504, 32, (16, 4), 1024),
+CONFIGS = {
+    "E2B": member_config("e2b", 35, 5, 1536, 6144, 8, (1, 1), 512, shared=20, ple=256),
+    "E4B": member_config("e4b", 42, 6, 2560, 10240, 8, (2, 2), 512, shared=18, ple=256),
+    "12B": member_config("dense", 48, 6, 3840, 15360, 16, (8, 1), 1024),
+    "26B-A4B": member_config("moe", 30, 6, 2816, 2112, 16, (8, 2), 1024, **MOE),
+    "31B": member_config("dense", 60, 6, 5376, 21504, 32, (16, 4), 1024),
 }
 """By the table of released sizes; where a released config.json differs, `fit` reads that."""
+
+MEMBERS = {called: Plan.from_config(config) for called, config in CONFIGS.items()}
 
 
 def members() -> None:
@@ -69,7 +71,8 @@ def members() -> None:
         for layers in (0, len(plan.layers)):
             for length in (1024, 2048, 4096, 8192):
                 given = StepSettings(length=length, remat_layers=layers)
-                peaks = [estimate(plan, replace(given, bits=b)).peak / 1e9 for b in (None, 8, 4)]
+                packings = (None, Packing(64, 8), Packing(64, 4))
+                peaks = [estimate(plan, replace(given, packing=p)).peak / 1e9 for p in packings]
                 cells = " | ".join(f"{peak:.1f}" for peak in peaks)
                 print(f"| {called} | {'all' if layers else 'none'} | {length} | {cells} |")
 

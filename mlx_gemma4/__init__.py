@@ -25,6 +25,7 @@ _HOMES = {
     for module, names in {
         "config": "DataConfig LoraConfig TrainConfig",
         "data.dataset": "Dataset read",
+        "export.fuse": "save_quantized",
         "errors": "AdapterError CapabilityError ConfigError DataError ExportError Gemma4Error "
         "ModelError TrainingError",
         "gemma": "Gemma4 load",
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
         ModelError,
         TrainingError,
     )
+    from .export.fuse import save_quantized
     from .gemma import Gemma4, load
     from .model.plan import Plan
     from .nn.batch import Batch, StepOptions

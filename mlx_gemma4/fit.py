@@ -27,7 +27,9 @@ def main(arguments: list[str] | None = None) -> None:
         "mlx_gemma4.fit",
         __doc__,
         [
-            Part(RunConfig, "what is read", only=("model", "data"), positional=("model",)),
+            Part(
+                RunConfig, "what is read", only=("model", "quantize", "data"), positional=("model",)
+            ),
             Part(FitConfig, "the answer"),
             Part(DataConfig, "data", only=("max_seq_length",)),
             Part(

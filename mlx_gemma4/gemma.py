@@ -21,6 +21,7 @@ from .model.generation import stream_answer
 from .model.loader import LoadedBackbone, load_backbone
 from .model.names import flat, is_frozen_buffer, lm_head, text_model
 from .model.plan import Plan, read_config
+from .model.quantize import Policy, described
 from .model.tokenizer import end_tokens, load_processor, load_tokenizer
 from .nn.batch import Batch
 from .nn.forward import forward
@@ -33,6 +34,7 @@ def load(
     adapter: str | Path | None = None,
     *,
     encoders: bool = False,
+    quantize: str | int | None = None,
     towers: bool | None = None,
 ) -> Gemma4:
     """Load a Gemma 4 for training or generation.
@@ -40,6 +42,8 @@ def load(
     Args:
         adapter: an adapter folder of any format, or the folder of a run that has one.
         encoders: build vision and audio encoders too, through mlx-vlm.
+        quantize: bits (4, 5, 6, 8), mxfp4, nvfp4, mxfp8 or q4_0: the language model is quantized
+            as it is read, and is never in memory in full precision.
         towers: the old name of `encoders`, refused with a ConfigError.
 
     Returns:
@@ -47,6 +51,7 @@ def load(
 
     Raises:
         ModelError: the checkpoint cannot be used as it is.
+        ConfigError: a quantization that there is not, or of a model that is quantized.
         AdapterError: the adapter does not fit it.
 
     >>> import mlx_gemma4 as g4
@@ -56,16 +61,18 @@ def load(
     """
     if towers is not None:
         raise ConfigError("towers is given", wanted="encoders, its name now", do="rename it")
+    policy = None if quantize is None else Policy.asked_for(quantize)
     folder = resolve(path_or_hub_id)
     Plan.from_config(read_config(folder))  # what is wrong shows before gigabytes are read
     tokenizer = load_tokenizer(folder)
-    loaded = load_backbone(folder, encoders=encoders)
+    loaded = load_backbone(folder, encoders=encoders, quantize=policy)
     gemma = Gemma4(
         name=str(path_or_hub_id),
         loaded=loaded,
         tokenizer=tokenizer,
         processor=load_processor(folder) if encoders else None,
         end_tokens=frozenset(end_tokens(folder, loaded.config, tokenizer)),
+        quantize=None if quantize is None else str(quantize),
     )
     if adapter is not None:
         gemma.lora = load_adapter(gemma.backbone, gemma.plan, adapter)
@@ -82,6 +89,7 @@ class Gemma4:
         tokenizer: transformers' tokenizer, with the chat template.
         processor: mlx-vlm's processor where encoders were loaded.
         end_tokens: token ids on which an answer ends.
+        quantize: how it was quantized while loading, as asked for.
         lora: the settings of the LoRA layers on it, if any.
     """
 
@@ -90,6 +98,7 @@ class Gemma4:
     tokenizer: Any
     processor: Any
     end_tokens: frozenset[int]
+    quantize: str | None = None
     lora: LoraConfig | None = None
 
     @property
@@ -187,6 +196,8 @@ class Gemma4:
             layers += f" ({loaded.dropped} dead K/V tensors dropped)"
         lines = [f"Gemma 4 {plan.member} ({plan.model_type}) from {self.name}"]
         lines += [f"  layers:  {layers}", f"  memory:  {size(nbytes)}{on_disk}"]
+        if loaded.packings:
+            lines.append(f"  quantized: {described(loaded.packings.values())}")
         if loaded.left_out:
             lines.append(f"  encoders: {loaded.left_out} tensors left out (text only)")
         if self.lora:

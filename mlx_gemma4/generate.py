@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from .config import GenerateConfig, Part, RunConfig, TrainConfig, build, read_arguments
@@ -33,7 +34,7 @@ def main(arguments: list[str] | None = None) -> None:
             Part(
                 RunConfig,
                 "the model",
-                only=("model",),
+                only=("model", "quantize", "save_quantized"),
                 help={"model": "a model folder or id; default: the one that the adapter names"},
             ),
             Part(GenerateConfig, "the answer"),
@@ -48,10 +49,13 @@ def main(arguments: list[str] | None = None) -> None:
         wanted = "a model, or an adapter that names its base"
         raise ConfigError("--model is not given", wanted=wanted, do="give --model or --adapter")
 
+    from .export.fuse import with_quantized_model
     from .gemma import load
     from .lora.state import adapter_folder, base_model_of
 
-    gemma = load(run.model or base_model_of(adapter_folder(answer.adapter)), answer.adapter)
+    model = run.model or base_model_of(adapter_folder(answer.adapter))
+    run = with_quantized_model(replace(run, model=model))
+    gemma = load(str(run.model), answer.adapter, quantize=run.quantize)
     same = ("system", "thinking", "max_tokens", "temperature", "top_p")
     options = {name: getattr(answer, name) for name in same} | {"tools": tools, "seed": train.seed}
     if not prompts:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .errors import ConfigError
+from .errors import ConfigError, listing
 
 
 @contextmanager
@@ -95,6 +95,24 @@ def new_folder(folder: str | Path, *, sync: bool = False) -> Iterator[Path]:
             _to_disk(folder.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def require_replaceable(folder: Path, names: set[str] | None) -> None:
+    """Refuse to replace a folder that holds anything but an earlier export.
+
+    Args:
+        names: the files of one; None for a model, which has to have a config.json of Gemma 4.
+    """
+    found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if names is None:
+        kept = (".safetensors", ".json", ".jinja", ".model", ".txt", ".md")
+        names = {name for name in found if name.endswith(kept)} if "config.json" in found else set()
+    if others := sorted(found - names):
+        raise ConfigError(
+            f"{folder} holds other files:{listing(others)}",
+            wanted="a new folder, or one with an earlier export, so that nothing is lost",
+            do="name another output folder",
+        )
 
 
 def _remove_abandoned(folder: Path) -> None:

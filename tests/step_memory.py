@@ -25,6 +25,7 @@ from mlx_gemma4.model.capability import inspect_backbone
 from mlx_gemma4.model.loader import LoadedBackbone, build_backbone
 from mlx_gemma4.model.names import PLE_TABLE, flat, text_model
 from mlx_gemma4.model.plan import FULL, SLIDING, Plan
+from mlx_gemma4.model.quantize import Packing
 from mlx_gemma4.nn.batch import StepOptions
 from mlx_gemma4.train.step import CompiledStep, gradients, loss_and_grads, train_step
 
@@ -71,8 +72,8 @@ def build_model(
         small = [(n, mx.full(v.shape, 0.02)) for n, v in flat(backbone.parameters()).items()]
         backbone.load_weights(small)
     backbone.set_dtype(getattr(mx, settings.dtype))
-    if settings.bits is not None:
-        _quantize(backbone, settings.bits, settings.group_size)
+    if settings.packing is not None:
+        _quantize(backbone, settings.packing)
     backbone.freeze()
     loaded = LoadedBackbone(backbone, plan, {}, None, inspect_backbone(backbone), 0, 0)
     gemma = Gemma4("random", loaded, None, None, frozenset())
@@ -87,16 +88,16 @@ def build_model(
     return gemma, optimizer
 
 
-def _quantize(backbone: nn.Module, bits: int, group_size: int) -> None:
+def _quantize(backbone: nn.Module, packing: Packing) -> None:
     """Quantize what mlx_lm.convert quantizes."""
     own = getattr(backbone, "quant_predicate", None)
 
     def settings(path: str, module: nn.Module) -> Any:
-        if not hasattr(module, "to_quantized") or module.weight.shape[-1] % group_size:
+        if not hasattr(module, "to_quantized") or module.weight.shape[-1] % packing.group_size:
             return False
         return own(path, module) if own else True
 
-    nn.quantize(backbone, group_size=group_size, bits=bits, class_predicate=settings)
+    nn.quantize(backbone, **packing.settings, class_predicate=settings)
 
 
 def make_batch(plan: Plan, settings: StepSettings):
@@ -170,13 +171,13 @@ def held_after_forward(plan: Plan, settings: StepSettings) -> int:
 def setting(shape: str, length: int, attention: str = "blockwise", layers: int = 4, **changes):
     """(shape, layers, plan changes, StepSettings); capital letters are the plan's."""
     of_plan = {k: changes.pop(k) for k in list(changes) if k in SHAPES["e2b"] or k in SIZE}
-    given = {"dtype": "float32", "lora": LoraConfig(rank=8), "group_size": 32, **changes}
+    given = {"dtype": "float32", "lora": LoraConfig(rank=8), **changes}
     return shape, layers, of_plan, StepSettings(length=length, attention=attention, **given)
 
 
 FAST = [
     setting("e2b", 1024, layers=3),
-    setting("e2b", 512, remat_layers=3, layers=3, vocab_size=40960),
+    setting("e2b", 1024, batch_size=2, remat_layers=3, layers=3, vocab_size=40960),
     setting("dense", 768, "plain", layers=2, compiled=False),
     setting(
         "dense", 1664, remat_layers=2, layers=2, batch_size=2, intermediate_size=768, compiled=False
@@ -185,7 +186,7 @@ FAST = [
     setting("unified", 1024, longest=128, layers=3, compiled=False),
     setting("e4b", 1024, targets=0.3, layers=3, compiled=False),
     setting("dense", 512, "plain", layers=2, batch_size=2, compiled=False),
-    setting("dense", 512, layers=2, vocab_size=32768, remat_layers=1),
+    setting("dense", 1024, layers=2, vocab_size=32768, remat_layers=1),
     setting("dense", 256, layers=2, lora=None, hidden_size=512, vocab_size=16384, compiled=False),
 ]
 """Settings for the tests: a step takes about 100 MB or more, and a second or so. Compiled ones have
@@ -215,8 +216,8 @@ def grid() -> list:
         setting("e2b", 2048, longest=256, remat_layers=2),
         setting("dense", 384, "plain", dtype="bfloat16"),
         setting("e2b", 384, "blockwise", dtype="bfloat16", lora=None),
-        setting("dense", 384, "plain", bits=8),
-        setting("e4b", 384, "plain", bits=4),
+        setting("dense", 384, "plain", packing=Packing(32, 8)),
+        setting("e4b", 384, "plain", packing=Packing(32, 4)),
         setting("dense", 1024, layers=12, remat_layers=5),
     ]
 

@@ -269,7 +269,7 @@ def test_the_public_names():
         "AdapterError", "Batch", "Callback", "CapabilityError", "ConfigError", "DataConfig",
         "DataError", "Dataset", "ExportError", "Gemma4", "Gemma4Error", "LoraConfig", "ModelError",
         "Plan", "Run", "StepOptions", "Sums", "TrainConfig", "Trainer", "TrainingError",
-        "finetune", "load", "loss_and_grads", "read",
+        "finetune", "load", "loss_and_grads", "read", "save_quantized",
     ]  # fmt: skip
     for name in mlx_gemma4.__all__:
         assert getattr(mlx_gemma4, name).__doc__, name

@@ -18,6 +18,14 @@ class RunConfig(Settings):
         "a model folder or a Hugging Face id, such as google/gemma-4-E2B-it; "
         "without it a small Gemma 4 that is built on this machine is trained",
     )
+    quantize: Literal["4", "5", "6", "8", "mxfp4", "nvfp4", "mxfp8", "q4_0"] | None = setting(
+        None,
+        "quantize the model while it is loaded: bits, a mode of MLX, or q4_0 for the grid of QAT "
+        "checkpoints, which 4 finds by itself",
+    )
+    save_quantized: str | None = setting(
+        None, "with quantize: write the quantized model to this folder first, and use that"
+    )
     data: str | None = setting(
         None,
         "a folder with train (valid, test) files, one file, or a Hub dataset; "
@@ -76,8 +84,12 @@ class ExportConfig(Settings):
     verify: bool = setting(True, "load the export in that library and compare logits")
     push: str | None = setting(None, "upload it to the Hub as USER/NAME, private by default")
     public: bool = setting(False, "make the repository for everyone to see")
-    quantize: str | None = setting(None, "fused: bits per weight, or base for the base's own")
-    group_size: int = setting(64, "fused: weights that share a scale", at_least=1)
+    quantize: str | None = setting(
+        None, "fused: as where a model is loaded, or base for the base's own"
+    )
+    group_size: int | None = setting(
+        None, "fused: weights that share a scale, where bits are given; default: 64", at_least=1
+    )
     floor: float = setting(0.5, "fused: the least cosine of a change that is kept")
     force: bool = setting(False, "fused: write it below the floor too")
 
@@ -86,7 +98,6 @@ class ExportConfig(Settings):
 class FitConfig(Settings):
     """`python -m mlx_gemma4.fit`."""
 
-    bits: Literal[4, 8] | None = setting(None, "as if the weights were quantized to so many bits")
     table: bool = setting(True, "print peaks by length and precision too")
 
 

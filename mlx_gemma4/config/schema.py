@@ -79,8 +79,8 @@ def _coerce(value: Any, kind: Any, key: str) -> Any:
             return None
         return _coerce(value, type(value) if type(value) in options else options[0], key)
     if origin is Literal:
-        if value in options:
-            return value
+        if str(value) in options:  # YAML has numbers
+            return str(value)
         wanted = "one of " + ", ".join(map(str, options))
     elif origin is Sequence:
         if isinstance(value, str):

@@ -26,7 +26,7 @@ from ..lora.formats.transformers import TransformersLibrary
 from ..lora.state import adapter_of
 from ..model.checkpoint import read_index
 from ..model.plan import read_config
-from ..storage import new_folder
+from ..storage import new_folder, require_replaceable
 from .fuse import ChangeKept, write_fused
 from .hub import model_card
 from .verify import Proof, check_adapter, check_logits
@@ -102,7 +102,7 @@ def _export_adapter(
     require_effect(gemma.backbone, "the model")
     adapter = Adapter(gemma.lora, gemma.backbone, gemma.plan, gemma.name)
     config, tensors = format.write(adapter)
-    _require_replaceable(output, {CONFIG, "README.md"} | {f.file for f in ADAPTERS.values()})
+    require_replaceable(output, {CONFIG, "README.md"} | {f.file for f in ADAPTERS.values()})
     with new_folder(output) as partial:
         mx.save_safetensors(str(partial / format.file), tensors, dict(format.metadata))
         (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
@@ -132,7 +132,7 @@ def _export_fused(
         for library in libraries:
             proofs.append(check_logits(gemma, proof, library, model, rounded=rounded))
 
-    _require_replaceable(output, None)
+    require_replaceable(output, None)
     changes = write_fused(gemma, output, check=check if verify else None, **options)
     quantized = "quantization" in read_config(output)
     return [*changes[:1], *proofs] if quantized else [*proofs]
@@ -158,21 +158,3 @@ def _export_gguf(gemma: Gemma4, output: Path, verify: bool) -> list[Proof | Chan
                 do="export it again, and report this if it stays",
             )
     return [Proof("gguf", count, why_not="llama.cpp is run by make verify-gguf")]
-
-
-def _require_replaceable(folder: Path, names: set[str] | None) -> None:
-    """Refuse to replace a folder that holds anything but an earlier export.
-
-    Args:
-        names: the files of one; None for a model, which has to have a config.json of Gemma 4.
-    """
-    found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if names is None:
-        kept = (".safetensors", ".json", ".jinja", ".model", ".txt", ".md")
-        names = {name for name in found if name.endswith(kept)} if "config.json" in found else set()
-    if others := sorted(found - names):
-        raise ConfigError(
-            f"{folder} holds other files:{listing(others)}",
-            wanted="a new folder, or one with an earlier export, so that nothing is lost",
-            do="name another output folder",
-        )

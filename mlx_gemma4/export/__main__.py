@@ -20,10 +20,12 @@ from ..config import ExportConfig, Part, RunConfig, build, read_arguments
 from ..errors import ConfigError, run_command
 from ..gemma import load
 from ..lora.state import adapter_folder, base_model_of
+from ..model.quantize import Policy
 from ..train.checkpoint import Checkpoints
 from . import export, require_format
 from .hub import push_folder, require_repo_id, require_token, upload_files
 
+_OF_A_RUN = ("model", "output")
 _OF_A_FUSED_MODEL = ("quantize", "group_size", "floor", "force")
 
 
@@ -64,7 +66,7 @@ def _settings(arguments: list[str] | None) -> tuple[RunConfig, ExportConfig, dic
             Part(
                 RunConfig,
                 "what is read and written",
-                only=("model", "output"),
+                only=_OF_A_RUN,
                 help={
                     "model": "the base model; default: the one that the adapter names",
                     "output": "the folder to write; for gguf a file",
@@ -74,17 +76,12 @@ def _settings(arguments: list[str] | None) -> tuple[RunConfig, ExportConfig, dic
         arguments,
         usage="RUN_OR_ADAPTER --output PATH [--format FORMAT] [settings]",
     )
-    run, given = build([RunConfig, ExportConfig], values, "the flags")
+    [run] = build([RunConfig], {k: values.pop(k) for k in _OF_A_RUN if k in values}, "the flags")
+    [given] = build([ExportConfig], values, "the flags")
     options = {key: getattr(given, key) for key in _OF_A_FUSED_MODEL if key in values}
     require_format(given.format, options)
-    if "quantize" in options and given.quantize != "base":
-        if not given.quantize.isdecimal():
-            raise ConfigError(
-                f"--quantize is {given.quantize!r}",
-                wanted="bits per weight, such as 8, or base for the base's own",
-                do="change --quantize, or leave it out for full precision",
-            )
-        options["quantize"] = int(given.quantize)
+    if options.get("quantize", "base") != "base":
+        Policy.asked_for(options["quantize"], given.group_size)
     if run.output is None:
         raise ConfigError(
             "--output is not given", wanted="a folder, for gguf a file", do="give --output"

@@ -12,28 +12,36 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import mlx.core as mx
 
+from ..config import RunConfig
 from ..errors import AdapterError, ConfigError, listing
 from ..gemma import Gemma4
 from ..lora.attach import Update, require_effect, updates_of
 from ..lora.state import read_updates
-from ..model.checkpoint import read_index, read_metadata
+from ..model.checkpoint import read_index, read_metadata, rows_at_once
 from ..model.download import SIDE_FILES, resolve
 from ..model.loader import build_backbone
-from ..model.names import inner_name, split_experts
+from ..model.names import inner_name, path_of, split_experts, text_prefix
 from ..model.plan import Plan, read_config
-from ..model.quantize import Packing, quantizable, stored_quantization
-from ..storage import new_folder
+from ..model.quantize import (
+    Packing,
+    Policy,
+    described,
+    quantizable,
+    quantization_entry,
+    require_full_precision,
+    stored_quantization,
+)
+from ..storage import new_folder, require_replaceable
 from .shards import Job, Output, StoredWeight, as_bytes, stored_weights, write_shards
 
-Quantize = Literal["base"] | int | None
-
 _PIECE_BYTES = 1 << 26  # of float32 values that are merged at a time
+_SHARD_BYTES = 5 * 10**9
 
 
 @dataclass
@@ -95,22 +103,22 @@ def fuse(
     updates: Mapping[str, Update],
     folder: str | Path,
     *,
-    quantize: Quantize = None,
-    group_size: int = 64,
+    quantize: str | int | None = None,
+    group_size: int | None = None,
     floor: float = 0.5,
     force: bool = False,
-    shard_bytes: int = 5 * 10**9,
+    shard_bytes: int = _SHARD_BYTES,
     check: Callable[[Path], None] | None = None,
 ) -> list[ChangeKept]:
     """Write a checkpoint with updates merged into its weights.
 
     Args:
         base: the checkpoint's folder.
-        updates: by inner name.
+        updates: by inner name; none converts the checkpoint.
         folder: appears whole or stays as it was.
         quantize: None for the base's dtype (a quantized base is dequantized), "base" for the
-            quantization that the base has, or bits per weight.
-        group_size: weights that share a scale, where bits are given.
+            quantization that the base has, or as in `load`.
+        group_size: weights that share a scale, where bits are given; 64 by default.
         floor: a quantized weight whose change is kept with a smaller cosine is refused.
         force: write it all the same.
         shard_bytes: the most bytes of a file.
@@ -124,56 +132,121 @@ def fuse(
         ConfigError: a quantization that cannot be made, or a folder that cannot be replaced.
         ModelError: the base cannot be read.
     """
-    if Path(folder).expanduser().resolve() == base.resolve():
+    fusion = _Fusion(base, updates, quantize, group_size)
+    least = None if quantize is None or force else floor
+    return fusion.write(folder, shard_bytes, least, check)
+
+
+def save_quantized(model: str | Path, folder: str | Path, quantize: str | int) -> str:
+    """Write a quantized copy of a model: what `load(model, quantize=...)` has in memory.
+
+    It is made a few rows at a time, and mlx-lm and mlx-vlm load it.
+
+    Args:
+        model: a folder or Hub id, in full precision.
+        folder: appears whole or stays as it was.
+        quantize: as in `load`.
+
+    Returns:
+        How many weights are quantized in which way, for people.
+
+    Raises:
+        ConfigError: a quantization that cannot be made, a model that is quantized already, or a
+            folder that is in use or cannot be replaced.
+        ModelError: the model cannot be read.
+    """
+    base = resolve(model)
+    require_full_precision(read_config(base), model)
+    require_replaceable(Path(folder).expanduser(), None)
+    fusion = _Fusion(base, {}, quantize, None)
+    fusion.write(folder)
+    return described(fusion.packings.values())
+
+
+def with_quantized_model(run: RunConfig) -> RunConfig:
+    """The settings of a run of the model that `save_quantized` asks for, once it is written.
+
+    Raises:
+        ConfigError: no quantization or no model is named, or as `save_quantized`.
+    """
+    if run.save_quantized is None:
+        return run
+    if run.quantize is None or run.model is None:
         raise ConfigError(
-            f"{folder} is the base model", wanted="another folder", do="name another output folder"
+            f"save_quantized is {run.save_quantized}, without quantize or without a model",
+            wanted="a model and how to quantize it",
+            do="give --model and --quantize, or leave out --save-quantized",
         )
-    with new_folder(folder) as partial:
-        fusion = _Fusion(base, updates, quantize, group_size)
-        metadata = read_metadata(sorted(base.glob("model*.safetensors"))[0]) or {"format": "pt"}
-        with mx.stream(mx.cpu):
-            write_shards(partial, fusion.jobs(), metadata, shard_bytes)
-        kept = fusion.changes_kept()
-        if quantize is not None and not force and kept[0].cosine < floor:
-            raise AdapterError(
-                f"quantizing erases what was trained; the worst is {kept[0]}",
-                wanted=f"a cosine of {floor} or more; nothing was written",
-                do="fuse in full precision, use more bits, or force it",
-            )
-        for name in SIDE_FILES:
-            if (base / name).is_file():
-                shutil.copyfile(base / name, partial / name)
-        (partial / "config.json").write_text(json.dumps(fusion.config(), indent=2) + "\n")
-        if check is not None:
-            check(partial)
-    return kept
+    how = save_quantized(run.model, run.save_quantized, run.quantize)
+    print(f"quantized model: {run.save_quantized}: {how}", flush=True)
+    return replace(run, model=run.save_quantized, quantize=None, save_quantized=None)
 
 
 class _Fusion:
     """One base, the updates to it, and the jobs that write the fused model."""
 
     def __init__(
-        self, base: Path, updates: Mapping[str, Update], quantize: Quantize, group_size: int
+        self,
+        base: Path,
+        updates: Mapping[str, Update],
+        quantize: str | int | None,
+        group_size: int | None,
     ):
         self._base, self._config, self._updates = base, read_config(base), updates
         self._plan = Plan.from_config(self._config)
         self._keep_packing = quantize == "base"
-        self._new: Packing | None = None
-        if isinstance(quantize, int):
-            self._new = Packing.asked_for(group_size, quantize)
-        elif quantize == "base" and stored_quantization(self._config) is None:
+        self._policy: Policy | None = None
+        if quantize == "base" and stored_quantization(self._config) is None:
             wanted, do = "bits, to quantize it as it is fused", "give 4 or 8 instead of base"
             raise ConfigError("the base is not quantized", wanted=wanted, do=do)
-        self._columns = quantizable(build_backbone(self._plan))
+        if quantize is not None and not self._keep_packing:
+            self._policy = Policy.asked_for(quantize, group_size)
+        backbone = build_backbone(self._plan)
+        self._columns, self._prefix = quantizable(backbone), text_prefix(backbone)
+        self.packings: dict[str, Packing] = {}
         self._changes = {name: ChangeKept(name.removesuffix(".weight")) for name in updates}
+
+    def write(
+        self,
+        folder: str | Path,
+        shard_bytes: int = _SHARD_BYTES,
+        floor: float | None = None,
+        check: Callable[[Path], None] | None = None,
+    ) -> list[ChangeKept]:
+        """As `fuse`, which gives no floor where nothing is too little."""
+        if Path(folder).expanduser().resolve() == self._base.resolve():
+            found, do = f"{folder} is the base model", "name another output folder"
+            raise ConfigError(found, wanted="another folder", do=do)
+        with new_folder(folder) as partial:
+            first = sorted(self._base.glob("model*.safetensors"))[0]
+            metadata = read_metadata(first) or {"format": "pt"}
+            # Products of float32 are exact on CPU; a mere conversion is quicker elsewhere.
+            with mx.stream(mx.cpu if self._updates else mx.default_device()):
+                write_shards(partial, self.jobs(), metadata, shard_bytes)
+            kept = self.changes_kept() if self._updates else []
+            if floor is not None and kept and kept[0].cosine < floor:
+                raise AdapterError(
+                    f"quantizing erases what was trained; the worst is {kept[0]}",
+                    wanted=f"a cosine of {floor} or more; nothing was written",
+                    do="fuse in full precision, use more bits, or force it",
+                )
+            for name in SIDE_FILES:
+                if (self._base / name).is_file():
+                    shutil.copyfile(self._base / name, partial / name)
+            (partial / "config.json").write_text(json.dumps(self.config(), indent=2) + "\n")
+            if check is not None:
+                check(partial)
+        return kept
 
     def config(self) -> dict[str, Any]:
         """config.json of the fused model."""
         if self._keep_packing:
             return dict(self._config)
-        gone = ("quantization", "quantization_config")
-        config = {key: value for key, value in self._config.items() if key not in gone}
-        return config | (dict.fromkeys(gone, asdict(self._new)) if self._new else {})
+        names = ("quantization", "quantization_config")
+        config = {key: value for key, value in self._config.items() if key not in names}
+        if self.packings:
+            config |= dict.fromkeys(names, quantization_entry(self.packings))
+        return config
 
     def jobs(self) -> list[Job]:
         """Every tensor of the fused model, in the base's order.
@@ -189,7 +262,7 @@ class _Fusion:
         for weight in stored_weights(stored, self._config, columns):
             parts = tuple(split_experts(inner[weight.key]))
             shapes |= dict.fromkeys(parts, _part_shape(weight.shape, len(parts)))
-            packing = weight.packing if self._keep_packing else self._new_packing(parts)
+            packing = weight.packing if self._keep_packing else self._new_packing(weight, parts)
             if packing == weight.packing and not any(part in self._updates for part in parts):
                 jobs += weight.copies()
             else:
@@ -208,10 +281,14 @@ class _Fusion:
             )
         return jobs
 
-    def _new_packing(self, parts: Sequence[str]) -> Packing | None:
-        columns = [self._columns.get(part) for part in parts]
-        fits = self._new and all(c and c % self._new.group_size == 0 for c in columns)
-        return self._new if fits else None
+    def _new_packing(self, weight: StoredWeight, parts: Sequence[str]) -> Packing | None:
+        if self._policy is None:
+            return None
+        packing = self._policy.packing(parts[0], self._columns.get(parts[0]), weight.lies_on_grid)
+        if packing:
+            paths = (path_of(part, self._prefix).removesuffix(".weight") for part in parts)
+            self.packings |= dict.fromkeys(paths, packing)
+        return packing
 
     def _merge(
         self, weight: StoredWeight, outer: str, parts: Sequence[str], packing: Packing | None
@@ -219,17 +296,13 @@ class _Fusion:
         if packing is None:
             outputs = [Output.of(weight.key, weight.dtype, weight.shape)]
         else:
-            shapes = packing.shapes(_part_shape(weight.shape, len(parts)))
+            stored = packing.stored(_part_shape(weight.shape, len(parts)), weight.dtype)
             outputs = [
-                Output.of(
-                    f"{outer}{part.removesuffix('weight')}{last}",
-                    "U32" if last == "weight" else weight.dtype,
-                    shape,
-                )
+                Output.of(f"{outer}{part.removesuffix('weight')}{last}", *of_last)
                 for part in parts
-                for last, shape in shapes.items()
+                for last, of_last in stored.items()
             ]
-        step = max(1, _PIECE_BYTES * weight.shape[0] // (4 * math.prod(weight.shape)))
+        step = rows_at_once(weight.shape, _PIECE_BYTES)
 
         def pieces() -> Iterator[list[bytes]]:
             for start in range(0, weight.shape[0], step):

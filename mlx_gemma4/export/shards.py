@@ -19,8 +19,9 @@ import mlx.core as mx
 import numpy as np
 from huggingface_hub import split_state_dict_into_shards_factory
 
-from ..model.checkpoint import DTYPES, INDEX, StoredTensor
-from ..model.quantize import Packing, stored_packing, stored_quantization
+from ..model.checkpoint import DTYPES, INDEX, StoredTensor, read_rows
+from ..model.q4_0 import keeps_grid, lies_on_grid
+from ..model.quantize import Q4_0, Packing, stored_packing, stored_quantization
 
 _COPY_BYTES = 1 << 24
 
@@ -74,11 +75,15 @@ class StoredWeight:
 
     def rows(self, start: int, stop: int) -> mx.array:
         """The entries start to stop of the first axis, in `dtype`."""
-        parts = {name: _read_rows(tensor, start, stop) for name, tensor in self.tensors.items()}
+        parts = {name: read_rows(tensor, start, stop) for name, tensor in self.tensors.items()}
         if self.packing is None:
             return parts["weight"]
         values = self.packing.unpack(parts["weight"], parts["scales"], parts.get("biases"))
         return values.astype(DTYPES[self.dtype][1])
+
+    def lies_on_grid(self) -> bool:
+        """Whether the values are on the Q4_0 grid."""
+        return self.packing.grid if self.packing else lies_on_grid(self.tensors["weight"])
 
     def copies(self) -> list[Job]:
         """The stored tensors as they are, byte by byte, of any dtype."""
@@ -117,20 +122,14 @@ def stored_weights(
             tensors = {name: stored[f"{base}.{name}"] for name in names}
             shapes = tensor.shape, tensors["scales"].shape
             packing = stored_packing(key, *shapes, quantization, columns.get(key))
+            if packing.settings == Q4_0.settings and keeps_grid(
+                tensors["scales"], tensors["biases"]
+            ):
+                packing = Q4_0
             shape = (*tensor.shape[:-1], tensors["scales"].shape[-1] * packing.group_size)
             dtype = tensors["scales"].dtype if packing.mode == "affine" else "BF16"
             found.append(StoredWeight(key, tensors, packing, shape, dtype))
     return found
-
-
-def _read_rows(tensor: StoredTensor, start: int, stop: int) -> mx.array:
-    """The entries start to stop of a stored tensor's first axis; only their bytes are read."""
-    kind, dtype = DTYPES[tensor.dtype]
-    step = tensor.nbytes // tensor.shape[0]
-    count, offset = math.prod(tensor.shape[1:]) * (stop - start), tensor.offset + start * step
-    values = np.fromfile(tensor.path, kind, count, offset=offset)
-    array = mx.array(values.reshape(stop - start, *tensor.shape[1:]))
-    return array if array.dtype == dtype else array.view(dtype)
 
 
 def _read_bytes(tensor: StoredTensor) -> Iterator[Sequence[Any]]:

@@ -150,17 +150,17 @@ def check_logits(
         return replace(proof, why_not=f"{' and '.join(missing)} not installed")
     package = library.packages[-1]
     by = f"{package.replace('_', '-')} {importlib.metadata.version(package)}"
-    if held is not None and (unfit := library.unfit()):
+    in_memory = "the base was quantized while it was loaded: export from its --save-quantized"
+    unfit = (held is not None and library.unfit()) or (gemma.loaded.packings and in_memory)
+    if unfit:
         return replace(proof, why_not=f"{by} is installed, and {unfit}")
     prompts, ours, base = _our_logits(gemma)
     base_model = _attempt(library.load, resolve(gemma.name))
     if isinstance(base_model, str):
         return replace(proof, why_not=f"{by} does not load the base: {base_model}")
     their_base = [library.logits(base_model, tokens) for tokens in prompts]
-    if held is None:
-        loaded = _attempt(library.load, export)
-    else:
-        loaded = _attempt(library.attach, base_model, export)
+    attach = (library.load, export) if held is None else (library.attach, base_model, export)
+    loaded = _attempt(*attach)
     if isinstance(loaded, str):
         # Which is not the export's fault where the library cannot even begin.
         if held is not None and (reason := _attempt(library.prepare, base_model)):

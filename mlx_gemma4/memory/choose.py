@@ -26,7 +26,7 @@ from ..config import DataConfig, LoraConfig, TrainConfig
 from ..config.schema import wrong
 from ..errors import ConfigError
 from ..model.plan import Plan
-from ..model.quantize import stored_quantization
+from ..model.quantize import Packing, Policy, require_full_precision, stored_quantization
 from ..storage import size
 from .estimate import DTYPE_BYTES, MOMENTS, StepSettings, estimate
 
@@ -66,11 +66,12 @@ def choose(
     lengths = [wanted.length]
     while lengths[-1] // 2 >= _LEAST_LENGTH:
         lengths.append(lengths[-1] // 2)
-    quantizable = may_quantize and wanted.bits is None and wanted.lora is not None
+    may_quantize = may_quantize and wanted.packing is None and wanted.lora is not None
+    packings = [None, Packing(64, 8), Packing(64, 4)] if may_quantize else [wanted.packing]
     batches = [wanted.batch_size >> halvings for halvings in range(wanted.batch_size.bit_length())]
     every, least = range(len(plan.layers) + 1), float("inf")
-    for length, bits in product(lengths, [None, 8, 4] if quantizable else [wanted.bits]):
-        given = replace(wanted, length=length, bits=bits)
+    for length, packing in product(lengths, packings):
+        given = replace(wanted, length=length, packing=packing)
         lean = needed(replace(given, batch_size=1, remat_layers=every[-1]))
         least = min(least, lean)
         for batch in batches if lean <= memory else ():
@@ -87,7 +88,11 @@ def choose(
 
 
 def step_settings(
-    config: Mapping[str, Any], length: int, train: TrainConfig, lora: LoraConfig | None
+    config: Mapping[str, Any],
+    length: int,
+    train: TrainConfig,
+    lora: LoraConfig | None,
+    quantize: str | None = None,
 ) -> StepSettings:
     """The step of a run that keeps all activations.
 
@@ -95,10 +100,11 @@ def step_settings(
         config: the model's config.json, which says how weights are stored.
         length: positions of a row.
         lora: not read where every weight trains.
+        quantize: how weights are quantized while they are loaded.
 
     Raises:
-        ConfigError: config.json has a dtype that is none of weights, or every weight is to be
-            trained and they are quantized.
+        ConfigError: config.json has a dtype that is none of weights, every weight is to be
+            trained and they are quantized, or `quantize` for weights that are.
     """
     text = config.get("text_config") or {}
     names = (part.get(key) for key in ("dtype", "torch_dtype") for part in (text, config))
@@ -109,14 +115,18 @@ def step_settings(
             wanted="bfloat16, float16 or float32",
             do="take config.json from the original checkpoint",
         )
-    quantization = stored_quantization(config) or {"bits": None, "group_size": 64}
+    packing, stored = None, stored_quantization(config)
+    if quantize is not None:
+        require_full_precision(config, "the model")
+        packing = Policy.asked_for(quantize).usual
+    elif stored is not None:
+        packing = Packing(stored["group_size"], stored["bits"], stored.get("mode", "affine"))
     return StepSettings(
         batch_size=train.batch_size,
         length=length,
         attention=train.attention,
         lora=lora if train.fine_tune_type == "lora" else None,
-        bits=quantization["bits"],
-        group_size=quantization["group_size"],
+        packing=packing,
         dtype=dtype,
         moments=MOMENTS[train.optimizer],
     )

@@ -24,6 +24,7 @@ from ..config import LoraConfig
 from ..errors import ConfigError
 from ..model.names import EXPERTS, is_meant
 from ..model.plan import LayerPlan, Plan
+from ..model.quantize import ROUTER, Packing
 from ..model.targets import chosen_modules, settings_of
 from ..nn.attention import _AUTO_BYTES, _queries_of_a_block
 from ..nn.forward import _LEAST_POSITIONS, _PIECE_BYTES
@@ -42,7 +43,7 @@ MOMENTS = {"adam": 2, "adamw": 2, "lion": 1, "muon": 1, "sgd": 1, "adafactor": 0
 makes its velocity without momentum too; Adafactor keeps a row and a column of a matrix."""
 
 _ADAPTER_BYTES = 4
-"""Adapters are float32 whatever the weights are, and so is what they read."""
+"""Adapters are float32 whatever the weights are; so is what DoRA and those of experts read."""
 
 _SLABS_AHEAD, _SLABS_AHEAD_COMPILED_ON_CPU = 7, 13
 """Slabs of a frozen head whose arrays are alive together. MLX allocates for commands that wait for
@@ -80,7 +81,7 @@ class StepSettings:
         remat_layers: layers, from the first, that are rematerialised.
         attention: "auto", "plain" or "blockwise".
         lora: what is adapted; None trains every weight.
-        bits, group_size: of quantized weights; None bits is full precision.
+        packing: of quantized weights; None is full precision.
         dtype: of weights that are not quantized.
         moments: arrays that the optimizer keeps for each trained one (MOMENTS).
         compiled: whether the step runs through mx.compile.
@@ -94,8 +95,7 @@ class StepSettings:
     remat_layers: int = 0
     attention: str = "auto"
     lora: LoraConfig | None = field(default_factory=LoraConfig)
-    bits: int | None = None
-    group_size: int = 64
+    packing: Packing | None = None
     dtype: str = "bfloat16"
     moments: int = 2
     compiled: bool = COMPILES
@@ -104,9 +104,9 @@ class StepSettings:
     def __post_init__(self) -> None:
         if isinstance(self.remat_layers, bool):
             raise TypeError("remat_layers is a number of layers, not whether there are any")
-        if self.bits is not None and self.lora is None:
+        if self.packing is not None and self.lora is None:
             raise ConfigError(
-                f"fine_tune_type is full and the weights have {self.bits} bits",
+                f"fine_tune_type is full and the weights have {self.packing}",
                 wanted="full precision: quantized weights have no gradient",
                 do="train LoRA, or take the original checkpoint",
             )
@@ -187,12 +187,13 @@ def _weights(plan: Plan, s: StepSettings) -> int:
 
 
 def _stored(path: str, shape: tuple[int, ...], s: StepSettings) -> int:
-    """Bytes of a matrix; quantized ones have a scale and a bias for each group."""
-    bits, group_size = (8, 64) if s.bits and path == _ROUTER else (s.bits, s.group_size)
+    """Bytes of a matrix; quantized ones have a scale, most of them a bias, for each group."""
+    packing = ROUTER if s.packing and path == _ROUTER else s.packing
     count = math.prod(shape)
-    if bits is None or shape[-1] % group_size:
+    if packing is None or shape[-1] % packing.group_size:
         return count * s.itemsize
-    return count * bits // 8 + 2 * (count // group_size) * s.itemsize
+    of_group = 2 * s.itemsize if packing.mode == "affine" else 1
+    return count * packing.bits // 8 + count // packing.group_size * of_group
 
 
 def _modules(plan: Plan, layer: LayerPlan) -> dict[str, tuple[int, ...]]:
@@ -295,7 +296,7 @@ def _head(plan: Plan, s: StepSettings, last_layer: int) -> int:
         parts = math.ceil(plan.vocab_size / width)
         alive = min(plan.vocab_size, width * ahead)
         total = targets * alive * (4 + s.itemsize)  # exponentials; logits, then their gradient
-        weights = alive * plan.hidden_size if s.bits else 0
+        weights = alive * plan.hidden_size if s.packing else 0
     waiting = max(0.0, 1 - parts / ahead) * last_layer
     hidden = _HIDDEN_ARRAYS * targets * plan.hidden_size
     return total + round(waiting) + (weights + hidden) * s.itemsize
@@ -345,7 +346,9 @@ def _kept(plan: Plan, layer: LayerPlan, s: StepSettings) -> tuple[int, int]:
 
     def product(width: int, *paths: str) -> int:
         """What the products `paths` keep of an input that they share."""
-        return width * x if full else width * _ADAPTER_BYTES * any(p in ranks for p in paths)
+        adapted = [path for path in paths if path in ranks]
+        copied = s.lora is not None and (s.lora.use_dora or bool(set(adapted) & set(EXPERTS)))
+        return width * (_ADAPTER_BYTES if copied else x) * (full or bool(adapted))
 
     attn = [f"self_attn.{name}_proj" for name in "qkvo"]
     kept = norm(D) + product(D, *attn[:3])  # into the layer

@@ -6,6 +6,7 @@ data_offsets per tensor, then raw data (https://huggingface.co/docs/safetensors,
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -114,6 +115,36 @@ def load_tensors(tensors: dict[str, StoredTensor]) -> dict[str, mx.array]:
     for path in sorted({tensor.path for tensor in tensors.values()}):
         arrays |= {key: value for key, value in load_file(path).items() if key in tensors}
     return arrays
+
+
+def read_values(tensor: StoredTensor, start: int, shape: tuple[int, ...]) -> mx.array:
+    """Values of a stored tensor, flat from `start` on; only their bytes are read.
+
+    Raises:
+        ModelError: a dtype that MLX has not.
+    """
+    if tensor.dtype not in DTYPES:
+        raise ModelError(
+            f"a tensor of {tensor.path} has dtype {tensor.dtype}",
+            wanted="one of " + ", ".join(DTYPES),
+            do="convert the checkpoint",
+        )
+    kind, dtype = DTYPES[tensor.dtype]
+    offset = tensor.offset + start * dtype.size
+    values = np.fromfile(tensor.path, kind, math.prod(shape), offset=offset)
+    array = mx.array(values.reshape(shape))
+    return array if array.dtype == dtype else array.view(dtype)
+
+
+def read_rows(tensor: StoredTensor, start: int, stop: int) -> mx.array:
+    """The entries start to stop of a stored tensor's first axis; only their bytes are read."""
+    row = tensor.shape[1:]
+    return read_values(tensor, start * math.prod(row), (stop - start, *row))
+
+
+def rows_at_once(shape: Sequence[int], nbytes: int) -> int:
+    """How many entries of the first axis have so many bytes in float32; at least one."""
+    return max(1, nbytes * shape[0] // (4 * math.prod(shape)))
 
 
 def load_file(path: Path) -> dict[str, mx.array]:

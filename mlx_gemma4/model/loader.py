@@ -7,8 +7,9 @@ and every parameter its tensor. Only dead K/V weights of shared layers are dropp
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,15 @@ import mlx.nn as nn
 
 from ..errors import ModelError, damaged, listing
 from .capability import Verdict, inspect_backbone
-from .checkpoint import StoredTensor, load_tensors, mismatches, read_index, shapes_of
+from .checkpoint import (
+    StoredTensor,
+    load_tensors,
+    mismatches,
+    read_index,
+    read_rows,
+    rows_at_once,
+    shapes_of,
+)
 from .encoders import build_with_encoders
 from .kv_store import apply_kv_store
 from .names import (
@@ -27,13 +36,27 @@ from .names import (
     flat,
     inner_name,
     is_dead,
+    path_of,
     split_experts,
     text_model,
     text_prefix,
 )
 from .plan import FULL, SLIDING, Plan, read_config
 from .ple import DiskEmbedding, PerLayerRows
-from .quantize import own_quantization, quantize_as_stored, stored_quantization
+from .q4_0 import lies_on_grid
+from .quantize import (
+    Packing,
+    Policy,
+    own_quantization,
+    quantizable,
+    quantization_entry,
+    quantize_as_stored,
+    quantize_modules,
+    require_full_precision,
+    stored_quantization,
+)
+
+_PIECE_BYTES = 1 << 23  # of a weight, in float32, that is quantized at a time
 
 
 @dataclass
@@ -45,6 +68,8 @@ class LoadedBackbone:
         ple_rows: reads per-layer embeddings from disk; None for a family member without them.
         dropped: stored K/V tensors of shared layers, which no Gemma 4 uses.
         left_out: stored encoder tensors that a text run does not load.
+        packings: how weights were quantized while loading, by path. `config` tells it too, as that
+            of a checkpoint that is stored so.
     """
 
     backbone: nn.Module
@@ -54,20 +79,27 @@ class LoadedBackbone:
     verdict: Verdict
     dropped: int
     left_out: int
+    packings: Mapping[str, Packing] = field(default_factory=dict)
 
 
-def load_backbone(folder: Path, *, encoders: bool = False) -> LoadedBackbone:
+def load_backbone(
+    folder: Path, *, encoders: bool = False, quantize: Policy | None = None
+) -> LoadedBackbone:
     """Build and strictly load the backbone of a checkpoint folder.
 
     Args:
         folder: config.json and safetensors files, single or sharded, plain or MLX-quantized.
         encoders: build vision and audio encoders too, through mlx-vlm. Text runs never import it.
+        quantize: what of the language model is quantized as it is read, a piece at a time.
 
     Raises:
         ModelError: with every missing, unexpected and misshapen tensor listed at once.
+        ConfigError: `quantize` for a checkpoint that is quantized.
     """
     config = read_config(folder)
     plan = Plan.from_config(config)
+    if quantize:
+        require_full_precision(config, folder)
     stored = read_index(folder)
     if encoders and not plan.is_multimodal:
         raise ModelError(
@@ -92,7 +124,12 @@ def load_backbone(folder: Path, *, encoders: bool = False) -> LoadedBackbone:
             "exactly the tensors that config.json describes",
             "download the checkpoint again, or take its own config.json",
         )
-    weights.update(placement.text_weights())
+    packings = placement.packings(quantize, backbone) if quantize else {}
+    if packings:
+        quantize_modules(backbone, packings)
+        entry = quantization_entry(packings)
+        config = {**config, "quantization": entry, "quantization_config": entry}
+    weights.update(placement.text_weights(packings))
     backbone.load_weights(list(weights.items()), strict=False)
     backbone.eval()
     for module in backbone.modules():
@@ -101,9 +138,8 @@ def load_backbone(folder: Path, *, encoders: bool = False) -> LoadedBackbone:
     verdict = inspect_backbone(backbone)
     if plan.num_shared and not verdict.native:
         apply_kv_store(backbone)
-    return LoadedBackbone(
-        backbone, plan, config, ple_rows, verdict, len(placement.dead), len(placement.left_out)
-    )
+    dropped, left_out = len(placement.dead), len(placement.left_out)
+    return LoadedBackbone(backbone, plan, config, ple_rows, verdict, dropped, left_out, packings)
 
 
 def build_backbone(plan: Plan, config: Mapping[str, Any] | None = None) -> nn.Module:
@@ -181,7 +217,6 @@ class _Placement:
         self.unexpected: list[str] = []
         self.ple: dict[str, StoredTensor] = {}
         prefix = text_prefix(backbone)
-        head = prefix.removesuffix("model.")
         inner_names: set[str] = set()
         for key, tensor in stored.items():
             inner = inner_name(key, plan)
@@ -195,10 +230,8 @@ class _Placement:
                 self.dead.append(key)
             elif inner.startswith(PLE_TABLE + ".") and plan.ple:
                 self.ple[inner.removeprefix(PLE_TABLE + ".")] = tensor
-            elif inner.startswith("lm_head."):
-                self.text[key] = [head + inner]
             else:
-                self.text[key] = [prefix + name for name in split_experts(inner)]
+                self.text[key] = [path_of(name, prefix) for name in split_experts(inner)]
             inner_names.add(inner or key)
 
     def load(self, keys: Iterable[str]) -> dict[str, mx.array]:
@@ -213,13 +246,50 @@ class _Placement:
             shapes |= dict.fromkeys(names, shape)
         return shapes
 
-    def text_weights(self) -> dict[str, mx.array]:
-        arrays = self.load(self.text)
-        weights: dict[str, mx.array] = {}
+    def packings(self, policy: Policy, backbone: nn.Module) -> dict[str, Packing]:
+        """How the weights are packed that a policy quantizes, by path."""
+        prefix = text_prefix(backbone)
+        columns = {path_of(name, prefix): size for name, size in quantizable(backbone).items()}
+        found: dict[str, Packing] = {}
         for key, names in self.text.items():
+            look = partial(lies_on_grid, self.stored[key])
+            if packing := policy.packing(names[0], columns.get(names[0]), look):
+                found |= dict.fromkeys((name.removesuffix(".weight") for name in names), packing)
+        return found
+
+    def text_weights(self, packings: Mapping[str, Packing]) -> dict[str, mx.array]:
+        """The weights by name; those with a packing are read and packed before the next is."""
+        weights: dict[str, mx.array] = {}
+        plain = {}
+        for key, names in self.text.items():
+            paths = [name.removesuffix(".weight") for name in names]
+            if paths[0] in packings:
+                weights.update(_packed(self.stored[key], paths, packings[paths[0]]))
+            else:
+                plain[key] = names
+        arrays = self.load(plain)
+        for key, names in plain.items():
             parts = mx.split(arrays[key], len(names), axis=1) if len(names) > 1 else [arrays[key]]
             weights.update(zip(names, parts))
         return weights
+
+
+def _packed(
+    stored: StoredTensor, paths: list[str], packing: Packing
+) -> Iterator[tuple[str, mx.array]]:
+    """The tensors of the modules at some paths, of one stored weight that is split among them."""
+    step, pieces = rows_at_once(stored.shape, _PIECE_BYTES), []
+    for start in range(0, stored.shape[0], step):
+        rows = read_rows(stored, start, min(start + step, stored.shape[0]))
+        parts = mx.split(rows, len(paths), axis=1) if len(paths) > 1 else [rows]
+        pieces.append([array for part in parts for array in packing.pack(part)])
+        mx.eval(pieces[-1])
+    joined = [mx.concatenate(list(arrays)) for arrays in zip(*pieces)]
+    mx.eval(joined)
+    del pieces, rows, parts
+    mx.clear_cache()
+    names = [f"{path}.{last}" for path in paths for last in packing.stored((1, 1), "")]
+    return zip(names, joined)
 
 
 def _take_ple_table(

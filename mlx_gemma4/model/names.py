@@ -50,6 +50,18 @@ def text_prefix(backbone: Any) -> str:
     return "language_model.model." if hasattr(backbone, "language_model") else "model."
 
 
+def path_of(inner: str, prefix: str) -> str:
+    """Where a backbone with a `text_prefix` has what has an inner name."""
+    return (prefix.removesuffix("model.") if inner.startswith("lm_head.") else prefix) + inner
+
+
+def prefixed(path: str) -> list[str]:
+    """The names under which checkpoints and backbones may have what is at a path: itself first."""
+    prefixes = (*_TEXT_PREFIXES, "language_model.", "model.", "")
+    inner = next(path.removeprefix(prefix) for prefix in prefixes if path.startswith(prefix))
+    return [path, *(prefix + inner for prefix in prefixes)]
+
+
 def inner_name(key: str, plan: Plan) -> str | None:
     """The inner name of a language-model key; None for a key of another part.
 

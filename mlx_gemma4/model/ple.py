@@ -60,7 +60,8 @@ class PerLayerRows:
         if "scales" in stored:
             shapes = stored["weight"].shape, stored["scales"].shape
             self._packing = stored_packing("the PLE table", *shapes, {"mode": mode}, columns)
-            wanted = self._packing.shapes((self.num_rows, columns))
+            parts = self._packing.stored((self.num_rows, columns), "")
+            wanted = {name: shape for name, (_, shape) in parts.items()}
         for name, tensor in stored.items():
             if tensor.shape != wanted.get(name):
                 raise damaged(

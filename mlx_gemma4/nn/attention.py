@@ -99,7 +99,8 @@ def _blockwise(mask: AttentionMask, queries: int):
         # The row sums of P * dP, from the output alone (Dao et al., section B.2).
         delta = (grad_out * mixed).astype(mx.float32).sum(axis=-1)
         # The first block waits as well: merged with the forward pass's, its scores would be kept.
-        dq, dk, dv, done = [], mx.zeros_like(k), mx.zeros_like(v), [grad_out]
+        dq, done = [], [grad_out]
+        dk, dv = mx.zeros(k.shape, mx.float32), mx.zeros(v.shape, mx.float32)
         for first, end, *keys in mask.blocks(queries):
             span = slice(*keys)
             block = _after(q[:, :, first:end], done)
@@ -110,10 +111,13 @@ def _blockwise(mask: AttentionMask, queries: int):
             ds = weights * (ds - _rows(delta, first, end, k).flatten(2, 3))
             ds = ds.astype(q.dtype)
             dq.append(mx.unflatten(ds @ k[:, :, span], 2, (-1, end - first)).flatten(1, 2))
-            dk = dk.at[:, :, span].add(ds.swapaxes(-1, -2) @ _grouped(block, k))
-            dv = dv.at[:, :, span].add(weights.astype(v.dtype).swapaxes(-1, -2) @ grad)
-            done = [dq[-1], dk, dv]
-        return mx.concatenate(dq, axis=2), dk, dv
+            of_keys = ds.swapaxes(-1, -2) @ _grouped(block, k)
+            of_values = weights.astype(v.dtype).swapaxes(-1, -2) @ grad
+            dk = dk.at[:, :, span].add(of_keys.astype(mx.float32))
+            dv = dv.at[:, :, span].add(of_values.astype(mx.float32))
+            # Waiting for dk itself would hold it, and the next block's sum be written beside it.
+            done = [dq[-1], dk[0, 0, 0, :1] + 0, dv[0, 0, 0, :1] + 0]
+        return mx.concatenate(dq, axis=2), dk.astype(k.dtype), dv.astype(v.dtype)
 
     return attend
 

@@ -24,6 +24,7 @@ from .activation import gelu_times
 from .attention import attention
 from .batch import Batch, StepOptions
 from .dropout import draw_keys, set_keys
+from .linear import linear
 from .mask import AttentionMask
 from .remat import in_pieces, rematerialized, with_parameters
 
@@ -34,6 +35,10 @@ _PIECE_BYTES = 2 * 2**20
 positions and up, so that its products still fill a GPU."""
 
 _LEAST_POSITIONS = 256
+
+_MOST_ROWS = 32_768
+"""Tokens, once for each of their experts, that go through the experts together: of more, MLX up to
+0.32.2 makes wrong products with quantized experts on M5."""
 
 
 class Model(Protocol):
@@ -128,8 +133,8 @@ def _after_attention(
     hidden_BTD = hidden_BTD + layer.post_feedforward_layernorm(update)
 
     if input_BTP is not None:
-        gate = layer.per_layer_input_gate(hidden_BTD)
-        update = layer.per_layer_projection(gelu_times(gate, input_BTP))
+        gate = linear(layer.per_layer_input_gate, hidden_BTD)
+        update = linear(layer.per_layer_projection, gelu_times(gate, input_BTP))
         hidden_BTD = hidden_BTD + layer.post_per_layer_input_norm(update)
     return hidden_BTD * layer.layer_scalar
 
@@ -187,15 +192,15 @@ def _attend(
         return norm(mx.unflatten(projected, -1, (-1, layer_plan.head_dim)))
 
     rotated = partial(_rotated, attn.rope, positions_BT)
-    queries_BNTH = rotated(heads(attn.q_proj(normed_BTD), attn.q_norm))
+    queries_BNTH = rotated(heads(linear(attn.q_proj, normed_BTD), attn.q_norm))
     if shared_kv is None:
-        keys = attn.k_proj(normed_BTD)
-        values = keys if layer_plan.k_eq_v else attn.v_proj(normed_BTD)
+        keys = linear(attn.k_proj, normed_BTD)
+        values = keys if layer_plan.k_eq_v else linear(attn.v_proj, normed_BTD)
         kv = rotated(heads(keys, attn.k_norm)), _by_head(heads(values, attn.v_norm))
     else:
         kv = shared_kv
     mixed_BNTH = attention(queries_BNTH, *kv, mask, method)
-    return attn.o_proj(mixed_BNTH.transpose(0, 2, 1, 3).flatten(-2)), kv
+    return linear(attn.o_proj, mixed_BNTH.transpose(0, 2, 1, 3).flatten(-2)), kv
 
 
 def _rotated(rope: Any, positions_BT: mx.array | None, x_BTNH: mx.array) -> mx.array:
@@ -227,22 +232,27 @@ def _positions(segments_BT: mx.array) -> mx.array:
 
 
 def _mlp(mlp: Any, x_BTD: mx.array) -> mx.array:
-    return mlp.down_proj(gelu_times(mlp.gate_proj(x_BTD), mlp.up_proj(x_BTD)))
+    gate, up = linear(mlp.gate_proj, x_BTD), linear(mlp.up_proj, x_BTD)
+    return linear(mlp.down_proj, gelu_times(gate, up))
 
 
 def _experts(layer: Any, plan: Plan, hidden_BTD: mx.array) -> mx.array:
     """The routed experts' share of a MoE layer: top-k of a softmax, renormalised, scaled."""
     assert plan.moe is not None
     router = layer.router
-    scores_BTE = router.proj(
-        mx.fast.rms_norm(hidden_BTD, router.scale * plan.hidden_size**-0.5, plan.rms_norm_eps)
-    )
+    scale = router.scale * plan.hidden_size**-0.5
+    scores_BTE = linear(router.proj, mx.fast.rms_norm(hidden_BTD, scale, plan.rms_norm_eps))
     chosen = mx.stop_gradient(mx.argpartition(scores_BTE, -plan.moe.top_k, axis=-1))
     chosen = chosen[..., -plan.moe.top_k :]
     # A softmax over all experts, renormalised over the chosen, is a softmax over the chosen.
     weights = mx.softmax(mx.take_along_axis(scores_BTE, chosen, axis=-1), axis=-1, precise=True)
     weights = weights * router.per_expert_scale[chosen]
-    update = layer.experts(layer.pre_feedforward_layernorm_2(hidden_BTD), chosen, weights)
+    inputs = layer.pre_feedforward_layernorm_2(hidden_BTD), chosen, weights
+    B, T, _ = hidden_BTD.shape
+    piece = max(1, _MOST_ROWS // (B * plan.moe.top_k))
+    pieces = [slice(start, start + piece) for start in range(0, T, piece)]
+    updates = [layer.experts(*(value[:, part] for value in inputs)) for part in pieces]
+    update = mx.concatenate(updates, axis=1) if len(updates) > 1 else updates[0]
     return layer.post_feedforward_layernorm_2(update)
 
 

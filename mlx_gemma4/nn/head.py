@@ -125,7 +125,7 @@ def _by_slabs(
         expected_RD = mx.zeros(hidden_RD.shape)  # under exp(logits), not divided by their sum yet
         done: list[mx.array] = []
         for start in range(0, plan.vocab_size, size):
-            slab_SD = _head_rows(module, slice(start, start + size))
+            slab_SD = _head_rows(module, slice(start, start + size), hidden_RD.dtype)
             (hidden_RD,) = mx.depends([hidden_RD], done)  # one slab is alive at a time
             logits_RS = hidden_RD @ slab_SD.T
             within_R1 = mx.minimum(targets_R1 % size, logits_RS.shape[1] - 1)
@@ -141,7 +141,8 @@ def _by_slabs(
         picked_R1 = mx.take_along_axis(mx.concatenate(found_R1, axis=1), targets_R1 // size, axis=1)
         picked_R1 = _capped(picked_R1, plan.softcap)
         # d log p / d logits = (onehot(target) - p) * slope of the cap.
-        rows_RD = (1 - mx.square(picked_R1 * inverse_cap)) * _head_rows(module, targets_R)
+        target_rows_RD = _head_rows(module, targets_R, hidden_RD.dtype)
+        rows_RD = (1 - mx.square(picked_R1 * inverse_cap)) * target_rows_RD
         grads_RD = (expected_RD / sum_R1 - rows_RD).astype(hidden_RD.dtype)
         return (picked_R1 - mx.log(sum_R1)).squeeze(1), grads_RD
 
@@ -174,10 +175,10 @@ def _project(module: nn.Module, hidden: mx.array) -> mx.array:
     return module.as_linear(hidden) if hasattr(module, "as_linear") else module(hidden)
 
 
-def _head_rows(module: nn.Module, which: slice | mx.array) -> mx.array:
-    """Rows of the head (S, D), unpacked."""
+def _head_rows(module: nn.Module, which: slice | mx.array, dtype: mx.Dtype) -> mx.array:
+    """Rows of the head (S, D), unpacked to a dtype: some modes of MLX would unpack to bfloat16."""
     tensors = [module[name][which] for name in ("weight", "scales", "biases") if name in module]
     if len(tensors) == 1:
         return tensors[0]
     packing = {name: getattr(module, name) for name in ("group_size", "bits", "mode")}
-    return mx.dequantize(*tensors, **packing)
+    return mx.dequantize(*tensors, **packing).astype(dtype)

@@ -41,10 +41,12 @@ _GROUPS = [part.group for part in _PARTS]
 def main(arguments: list[str] | None = None) -> None:
     settings, data_config, config, lora = _settings(arguments)
 
+    from ..export.fuse import with_quantized_model
     from .folder import claim
     from .run import Run
 
     with claim(settings.output, settings.resume or False) as folder:
+        settings = with_quantized_model(settings)
         of_lora = [lora] if config.fine_tune_type == "lora" else []
         of_run = flatten(settings, data_config, config, *of_lora)
         if not folder.resumed:
@@ -87,7 +89,7 @@ def _train(
         )
         base, docstrings = embedded.prepare()
         model, data_folder = str(base), data_folder or str(docstrings)
-    gemma = load(str(model))
+    gemma = load(str(model), quantize=settings.quantize)
     print(gemma)
     if config.verbose:
         print(f"  shared K/V: {gemma.loaded.verdict}")
@@ -107,11 +109,12 @@ def _train(
         print(f"asked:  {embedded.PROMPT}")
         print(f"before: {before!r}")
         print(f"after:  {gemma.generate(embedded.PROMPT, max_tokens=40)!r}")
-    _tell(run.summary, embedded.PROMPT if own else "...", config.verbose)
+    quantize = ["--quantize", settings.quantize] if settings.quantize else []
+    _tell(run.summary, embedded.PROMPT if own else "...", quantize, config.verbose)
 
 
-def _tell(summary: Mapping[str, Any], prompt: str, verbose: bool) -> None:
-    """What came of the run."""
+def _tell(summary: Mapping[str, Any], prompt: str, quantize: list[str], verbose: bool) -> None:
+    """What came of the run; `quantize` is how generate loads the same model."""
     if summary["val_loss"] is not None:
         print(f"validation loss: {summary['val_loss_before']:.3f} -> {summary['val_loss']:.3f}")
     if summary["best_step"] not in (None, summary["steps"]):
@@ -125,7 +128,8 @@ def _tell(summary: Mapping[str, Any], prompt: str, verbose: bool) -> None:
             f"{summary['resident_before_gb']:.3f} GB; the step was compiled "
             f"{summary['compilations']} times"
         )
-    words = ["--model", summary["model"], "--adapter", summary["adapter"], "--prompt", prompt]
+    words = ["--model", summary["model"], *quantize, "--adapter", summary["adapter"]]
+    words += ["--prompt", prompt]
     print(f"adapter: {summary['adapter']}")
     print(f"report: {Path(summary['adapter']).with_name('report.html')}")
     print(f"try it: python -m mlx_gemma4.generate {shlex.join(words)}")
@@ -149,6 +153,12 @@ def _settings(arguments: list[str] | None) -> tuple[Any, ...]:
             f"fine_tune_type is full, and {', '.join(of_lora)} given",
             wanted="LoRA or full fine-tuning",
             do="leave out the settings of LoRA, or set fine_tune_type lora",
+        )
+    if values.get("fine_tune_type") == "full" and values.get("quantize"):
+        raise ConfigError(
+            f"fine_tune_type is full and quantize is {values['quantize']}",
+            wanted="full precision: quantized weights have no gradient",
+            do="leave out one of them",
         )
     if values.get("model") is None:
         from .embedded import DEFAULTS
@@ -188,7 +198,7 @@ def _resumed(given: Mapping[str, Any]) -> dict[str, Any]:
     saved = read_yaml(path)
     values = _over(saved, given)
     of_run = [build(_GROUPS, settings, str(path)) for settings in (saved, values)]
-    free = may_change(of_run[0][2]) | flatten(RunConfig()).keys()
+    free = may_change(of_run[0][2]) | flatten(RunConfig()).keys() - {"quantize"}
     then, now = (
         {key: value for key, value in flatten(*settings).items() if key not in free}
         for settings in of_run

@@ -107,6 +107,7 @@ def finetune(
     )
     settings = flatten(config, data.config, *([gemma.lora] if gemma.lora else []))
     settings |= {"model": gemma.name, "data": data.source}
+    settings |= {"quantize": gemma.quantize} if gemma.quantize else {}
     checkpoints, progress = _checkpoints(run, data, config, settings, optimizer, output)
     listeners = [Console()] * console + [*callbacks, *make_loggers(config.report_to, settings)]
     if output:

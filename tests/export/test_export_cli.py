@@ -206,8 +206,8 @@ def test_push_is_private_unless_asked(run, tmp_path, monkeypatch, capsys, words,
     ("words", "told"),
     [
         (["--format", "onnx"], "format is 'onnx'"),
-        (["--format", "fused", "--quantize", "four"], "--quantize is 'four'"),
-        (["--format", "fused", "--quantize", "-4"], "--quantize"),
+        (["--format", "fused", "--quantize", "four"], "quantize is four, in groups of 64"),
+        (["--format", "fused", "--quantize", "-4"], "quantize"),
         (["--format", "fused", "--group-size", "0"], "group_size is 0"),
     ],
 )

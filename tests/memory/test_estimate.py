@@ -13,6 +13,7 @@ from mlx_gemma4.errors import AdapterError, ConfigError
 from mlx_gemma4.memory.estimate import COMPILES, StepSettings, estimate
 from mlx_gemma4.model.names import flat
 from mlx_gemma4.model.plan import Plan, read_config
+from mlx_gemma4.model.quantize import Packing
 
 PEAK, STEP = 0.10, 0.25
 """How far total peak and step may be off."""
@@ -39,15 +40,16 @@ def test_the_formula_is_near_the_allocator(case):
     [
         {},
         {"lora": None},
-        {"bits": 4},
-        {"bits": 8, "lora": LoraConfig(targets=("q_proj", "mlp.up_proj"), rank=16)},
+        {"packing": Packing(32, 4)},
+        {"packing": Packing(32, 4, "mxfp4")},
+        {"packing": Packing(32, 8), "lora": LoraConfig(targets=("q_proj", "mlp.up_proj"), rank=16)},
         {"lora": LoraConfig(num_layers=2, use_dora=True, rank_pattern={"o_proj": 3})},
         {"dtype": "float32"},
     ],
 )
 def test_what_is_resident_is_exact(shape, changes):
     plan = plan_of(shape)
-    settings = StepSettings(group_size=32, **changes)
+    settings = StepSettings(**changes)
     gemma, optimizer = build_model(plan, settings)
     arrays = flat(gemma.backbone.parameters()), flat(optimizer.state)
     actual = sum(array.nbytes for part in arrays for array in part.values())
@@ -80,7 +82,7 @@ def test_what_costs_memory():
     plan = plan_of("e2b", vocab_size=65536)
     usual = StepSettings(length=1024)
     peak = estimate(plan, usual).peak
-    for less in ({"targets": 0.1}, {"remat_layers": 6}, {"moments": 0}, {"bits": 4},
+    for less in ({"targets": 0.1}, {"remat_layers": 6}, {"moments": 0}, {"packing": Packing(64, 4)},
                  {"lora": LoraConfig(targets=("q_proj",))}, {"length": 512}):  # fmt: skip
         assert estimate(plan, replace(usual, **less)).peak < peak, less
     for more in ({"batch_size": 2}, {"dtype": "float32"}, {"attention": "plain"},
@@ -106,7 +108,7 @@ def test_nothing_is_computed(tiny):
 def test_what_cannot_be(tiny):
     plan = Plan.from_config(read_config(tiny))
     with pytest.raises(ConfigError, match="the weights have 4 bits"):
-        StepSettings(bits=4, lora=None)
+        StepSettings(packing=Packing(64, 4), lora=None)
     with pytest.raises(AdapterError, match="'nothing' matches no module"):
         estimate(plan, StepSettings(lora=LoraConfig(targets=("nothing",))))
 

@@ -33,7 +33,9 @@ def predicted(monkeypatch):
 
     def fake(plan, settings):
         each = 4000 - 500 * settings.remat_layers
-        resident = {None: 16_000_000, 8: 8_500_000, 4: 4_500_000}[settings.bits]
+        resident = {None: 16_000_000, 8: 8_500_000, 4: 4_500_000}[
+            settings.packing and settings.packing.bits
+        ]
         return Estimate(resident, settings.batch_size * settings.length * each)
 
     monkeypatch.setattr(choosing, "estimate", fake)
@@ -54,7 +56,8 @@ def predicted(monkeypatch):
 )
 def test_what_is_given_up_and_in_which_order(plan, predicted, megabytes, wanted):
     settings, accumulated = choose(plan, megabytes * 1e6, WANTED, may_quantize=True)
-    found = (settings.bits, settings.length, settings.batch_size, accumulated)
+    bits = settings.packing and settings.packing.bits
+    found = (bits, settings.length, settings.batch_size, accumulated)
     assert (*found, settings.remat_layers) == wanted
 
 
@@ -128,6 +131,21 @@ def test_the_printed_command_is_one(tiny, tmp_path, capsys, monkeypatch):
     assert training.batch_size == 4 and training.memory == "1GB"
 
 
+@pytest.mark.parametrize("quantize", ["4", "mxfp4", "q4_0"])
+def test_it_forecasts_what_is_quantized_while_loading(tiny, tmp_path, capsys, quantize):
+    from mlx_gemma4.train.__main__ import _settings
+
+    main([str(tiny), "--memory", "1GB", "--quantize", quantize])
+    printed = capsys.readouterr().out
+    assert "4-bit" in printed and "8-bit" not in printed
+    assert _settings(printed.splitlines()[-1].split()[3:])[0].quantize == quantize
+    shutil.copy(tiny / "config.json", tmp_path)
+    config = read_config(tmp_path) | {"quantization": {"bits": 4, "group_size": 64}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="quantized to 4 bits already"):
+        main([str(tmp_path), "--quantize", quantize])
+
+
 def test_the_printed_command_can_be_pasted(tiny, tmp_path, capsys):
     """Paths with spaces are quoted."""
     from mlx_gemma4.train.__main__ import _settings
@@ -138,11 +156,11 @@ def test_the_printed_command_can_be_pasted(tiny, tmp_path, capsys):
     main([str(folder), "--memory", "1GB", "--no-table"])
     words = shlex.split(capsys.readouterr().out.splitlines()[-1])
     assert _settings(words[3:])[0].model == str(folder)
-    # Weights that do not fit as they are stored have a command before that one.
+    # Weights that do not fit as they are stored are quantized while loading.
     tight = ["--memory", "1.2MB", "--max-seq-length", "32", "--lora-rank", "1"]
     main([str(folder), "--no-table", *tight])
-    first = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("first: "))
-    assert shlex.split(first)[3] == str(folder)
+    words = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert _settings(words[3:])[0].quantize in ("8", "4")
 
 
 def test_defaults_are_those_of_train(tiny, capsys):
