@@ -21,6 +21,7 @@ from .model.generation import stream_answer
 from .model.loader import LoadedBackbone, load_backbone
 from .model.names import flat, is_frozen_buffer, lm_head, text_model
 from .model.plan import Plan, read_config
+from .model.processor import ImageSettings, read_image_settings
 from .model.quantize import Policy, described
 from .model.tokenizer import end_tokens, load_processor, load_tokenizer
 from .nn.batch import Batch
@@ -73,6 +74,7 @@ def load(
         processor=load_processor(folder) if encoders else None,
         end_tokens=frozenset(end_tokens(folder, loaded.config, tokenizer)),
         quantize=None if quantize is None else str(quantize),
+        images=read_image_settings(folder, loaded.plan),
     )
     if adapter is not None:
         gemma.lora = load_adapter(gemma.backbone, gemma.plan, adapter)
@@ -91,6 +93,7 @@ class Gemma4:
         end_tokens: token ids on which an answer ends.
         quantize: how it was quantized while loading, as asked for.
         lora: the settings of the LoRA layers on it, if any.
+        images: how images become patches, if the checkpoint says so.
     """
 
     name: str
@@ -100,6 +103,7 @@ class Gemma4:
     end_tokens: frozenset[int]
     quantize: str | None = None
     lora: LoraConfig | None = None
+    images: ImageSettings | None = None
 
     @property
     def backbone(self) -> nn.Module:

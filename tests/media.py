@@ -160,6 +160,36 @@ def build_with_media(source: Path, folder: Path, shape: str) -> Path:
     return folder
 
 
+PROCESSOR = {
+    "image_processor": {
+        "patch_size": 4, "pooling_kernel_size": 3, "max_soft_tokens": 70, "do_normalize": False,
+        "do_resize": True, "do_rescale": True, "resample": 3, "rescale_factor": 1 / 255,
+    },
+    "image_seq_length": 70,
+}  # fmt: skip
+"""The processor_config.json of the small models; the unified one has patches of 2 x 2."""
+
+
+def add_processor(folder: Path, unified: bool = False) -> Path:
+    """Give a small checkpoint the settings of images."""
+    own = {"patch_size": 2, "pooling_kernel_size": 2} if unified else {}
+    images = PROCESSOR["image_processor"] | own
+    (folder / "processor_config.json").write_text(
+        json.dumps(PROCESSOR | {"image_processor": images})
+    )
+    return folder
+
+
+def picture(width: int, height: int, seed: int = 0, mode: str = "RGB") -> Any:
+    """A PIL image of coloured noise in large grains."""
+    from PIL import Image
+
+    random = np.random.default_rng(seed)
+    grains = random.integers(0, 256, (5, 7, 4), np.uint8)
+    image = Image.fromarray(grains, "RGBA").resize((width, height), Image.Resampling.BICUBIC)
+    return image.convert(mode)
+
+
 def batch_with(inputs: dict[str, Any], segments: Any = None) -> g4.Batch:
     """The batch of `rows_with`."""
     media = {name: inputs[name] for name in inputs if name not in ("tokens", "weights")}

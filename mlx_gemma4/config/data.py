@@ -44,6 +44,9 @@ class DataConfig(Settings):
     )
     dataset_config: str | None = setting(None, "the configuration of a Hub dataset")
     dataset_split: str | None = setting(None, "the part of a Hub dataset, such as train[:1000]")
+    image_tokens: Literal["70", "140", "280", "560", "1120"] | None = setting(
+        None, "the most tokens of an image; by default what the model's processor says"
+    )
     media_anywhere: bool = setting(False, "let rows name files outside the folder of their own")
 
     def __post_init__(self) -> None:

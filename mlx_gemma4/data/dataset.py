@@ -90,6 +90,11 @@ class Dataset(Sequence[Example]):
         order = BatchOrder.of(self.train, self.config.max_seq_length, batch_size, packing)
         return self._figures() | {"epoch": of_epoch(order)}
 
+    @property
+    def has_images(self) -> bool:
+        """Whether a row of any split shows an image."""
+        return any(Examples.of(getattr(self, name)).has_images for name in SPLITS)
+
     def __repr__(self) -> str:
         return summary(self._figures())
 
@@ -126,7 +131,8 @@ def read(source: Input, gemma: Gemma4 | TextSide, config: DataConfig = DataConfi
         raise DataError(told, wanted=wanted, do="lower max_seq_length")
     weights, found = find_sources(source, config)
     everything = [part for splits in found for parts in splits.values() for part in parts]
-    task = Task(gemma.tokenizer, gemma.plan.vocab_size, config)
+    images = gemma.images.with_budget(config.image_tokens) if gemma.images else None
+    task = Task(gemma.tokenizer, gemma.plan.vocab_size, config, images)
     key = tokens_key(task) if sum(part.size for part in everything) > SMALL else None
     with Workers(task) as workers:
         stores = [

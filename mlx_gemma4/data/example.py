@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import overload
+from typing import NamedTuple, overload
 
 import numpy as np
 
@@ -22,6 +22,28 @@ def origin_of(place: str, number: int) -> str:
     return f"{place}{number}" + ("]" if place.endswith("[") else "")
 
 
+class ImageFile(NamedTuple):
+    """An image of an example: where its file is, and what the file was when it was read.
+
+    Attributes:
+        columns, rows: of soft tokens.
+        digest: of the content.
+        size, changed: bytes of the file, and its time of change in nanoseconds.
+    """
+
+    path: str
+    columns: int
+    rows: int
+    digest: str
+    size: int
+    changed: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Soft tokens: as many image tokens stand in the text."""
+        return self.columns * self.rows
+
+
 @dataclass(frozen=True)
 class Example:
     """One training example.
@@ -29,11 +51,13 @@ class Example:
     Attributes:
         tokens, mask: token ids, and the loss mask: for each (T) whether it is a target.
         origin: "file:line", for messages.
+        images: in the order of their tokens.
     """
 
     tokens: np.ndarray
     mask: np.ndarray
     origin: str
+    images: tuple[ImageFile, ...] = ()
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -87,6 +111,7 @@ class Store:
         numbers: the line or row that each was read from, after `place`.
         digests: 64 bits of each example's content; equal examples have equal digests.
         origins: where each was read, for examples that were made elsewhere.
+        images: of those examples that have any, by index.
     """
 
     tokens: np.ndarray
@@ -97,6 +122,7 @@ class Store:
     facts: Facts
     place: str = ""
     origins: Sequence[str] | None = None
+    images: Mapping[int, tuple[ImageFile, ...]] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -104,12 +130,20 @@ class Store:
     ) -> Store:
         """Examples that are in memory."""
         packed = [e.tokens.astype(np.uint32) | e.mask * _TARGET_BIT for e in examples]
-        digests = [hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in packed]
+        digests = [
+            hashlib.blake2b(
+                row.tobytes() + "".join(image.digest for image in example.images).encode(),
+                digest_size=8,
+            ).digest()
+            for row, example in zip(packed, examples)
+        ]
         tokens = np.concatenate([np.zeros(0, np.uint32), *packed])
         lengths = np.array([len(row) for row in packed], np.int64)
         targets = np.array([example.num_targets for example in examples], np.int32)
         kinds = np.frombuffer(b"".join(digests), np.uint64)
-        return cls(tokens, lengths, targets, np.array(numbers, np.int64), kinds, facts, place)
+        images = {i: example.images for i, example in enumerate(examples) if example.images}
+        rows = np.array(numbers, np.int64)
+        return cls(tokens, lengths, targets, rows, kinds, facts, place, images=images)
 
     @cached_property
     def _ends(self) -> np.ndarray:
@@ -123,7 +157,8 @@ class Store:
         packed = np.asarray(self.tokens[end - self.lengths[index] : end])
         tokens = (packed & ~_TARGET_BIT).astype(np.int32)
         origin = self.origins[index] if self.origins else origin_of(self.place, self.numbers[index])
-        return Example(tokens, packed >= _TARGET_BIT, origin)
+        images = self.images.get(int(index), ()) if self.images else ()
+        return Example(tokens, packed >= _TARGET_BIT, origin, images)
 
 
 class Examples(Sequence[Example]):
@@ -179,6 +214,11 @@ class Examples(Sequence[Example]):
     def digests(self) -> np.ndarray:
         """64 bits of each example's content; equal examples have equal digests."""
         return self._column("digests")
+
+    @property
+    def has_images(self) -> bool:
+        """Whether any example of the stores has an image."""
+        return any(store.images for store in self.stores)
 
     def _column(self, name: str) -> np.ndarray:
         columns = [getattr(store, name) for store in self.stores]

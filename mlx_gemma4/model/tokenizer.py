@@ -12,6 +12,7 @@ from ..storage import read_json
 from .conversation import Prompt, conversation, functions
 from .download import resolve
 from .plan import Plan, read_config
+from .processor import ImageSettings, read_image_settings
 
 END_OF_TURN = "<turn|>"
 _ENDS = (END_OF_TURN, "<|tool_response>")  # what follows a call is not the model's to write
@@ -127,10 +128,11 @@ def end_tokens(folder: Path, config: Mapping[str, Any], tokenizer: Any) -> set[i
 
 @dataclass(frozen=True)
 class TextSide:
-    """The plan and the tokenizer of a model."""
+    """The plan and the tokenizer of a model, and how it takes images."""
 
     plan: Plan
     tokenizer: Any
+    images: ImageSettings | None = None
 
 
 def text_side(path_or_hub_id: str | Path) -> TextSide:
@@ -140,4 +142,5 @@ def text_side(path_or_hub_id: str | Path) -> TextSide:
         ModelError: not a Gemma 4, or without a tokenizer that can be read.
     """
     folder = resolve(path_or_hub_id, weights=False)
-    return TextSide(Plan.from_config(read_config(folder)), load_tokenizer(folder))
+    plan = Plan.from_config(read_config(folder))
+    return TextSide(plan, load_tokenizer(folder), read_image_settings(folder, plan))

@@ -102,6 +102,10 @@ def _train(
         print(f"--fit {settings.fit} chooses {chosen} {accumulated}", flush=True)
     data = read(data_folder, gemma, data_config)
     print(data)
+    if data.has_images:
+        del gemma
+        gemma = load(str(model), quantize=settings.quantize, encoders=True)
+        print("the rows have images: loaded with the image encoder, which stays as it is")
     before = gemma.generate(embedded.PROMPT, max_tokens=40) if own else None
     given = lora if config.fine_tune_type == "lora" else None
     run = finetune(gemma, data, config, lora=given, output=folder)

@@ -82,8 +82,9 @@ def prepared(
     source = gemma.loaded.ple_rows
 
     def build(batches: Sequence[Rows]) -> list[tuple[Batch, GatheredRows | None]]:
-        """On the other thread: reads examples and PLE rows, and leaves the device alone."""
-        built = collate_alike([[[examples[i] for i in row] for row in rows] for rows in batches])
+        """On the other thread: reads examples, images and PLE rows, and leaves the device alone."""
+        chosen = [[[examples[i] for i in row] for row in rows] for rows in batches]
+        built = collate_alike(chosen, images=gemma.images)
         return [
             (b, source.gather(np.asarray(b.table_tokens(gemma.plan))) if source else None)
             for b in built

@@ -112,9 +112,7 @@ def test_a_template_that_changes_an_answer_is_refused_with_a_picture(tokenizer, 
 
 def test_the_picture_of_a_long_answer_shows_where_they_part(tokenizer):
     long = {"role": "assistant", "content": "word " * 200 + "end."}
-    template = CHAT_TEMPLATE.replace(
-        "| trim -}}\n{%- for call", "| replace('end', 'and') -}}\n{%- for call"
-    )
+    template = CHAT_TEMPLATE.replace(CONTENT, CONTENT.replace("trim", "replace('end', 'and')"))
     row_says, turn_is = refused(tokenizer, template, TURNS[1], long).found.split("\n")[1:]
     assert row_says.endswith("...'word word word word end.'")
     assert turn_is.endswith("...'word word word word and.'")

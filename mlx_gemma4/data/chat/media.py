@@ -1,66 +1,182 @@
-"""Images and audio that rows name: as parts of a turn, by paths that stay in the rows' folder.
+"""Images and audio of rows: parts of a turn, by the path of a file each.
 
-A part is {"type": "text" | "image" | "audio", the same word: text or path}.
+A part is {"type": "text" | "image" | "audio", the same word: text or path}. Paths stay in the
+rows' folder. An image that the row holds itself becomes a file in the cache, named by its content.
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
+import hashlib
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+from ...errors import DataError
+from ...storage import cache_folder, new_file
+from ..media.image import as_png, seen_size
 from ..read.records import row_error
 
-MEDIA = {"image": "image", "image_url": "image", "audio": "audio", "audio_url": "audio"}
+MEDIA = {
+    **dict.fromkeys(("image", "image_url", "input_image"), "image"),
+    **dict.fromkeys(("audio", "audio_url"), "audio"),
+}
 """Types of parts, as files write them, and what we call them."""
 
 _FIELDS = {"image": "image", "images": "image", "audio": "audio", "audios": "audio"}
+_MARK = "<image>"  # where LLaVA's rows have an image in their text
+_BASE64 = ("/9j/", "iVBORw0KGgo", "UklGR", "R0lGOD")
+"""How base64 of a JPEG, PNG, WebP and GIF file begins."""
 
 
 def add_media(turns: list, record: dict) -> list:
-    """Images and audio of the row as parts that come first in the first user turn."""
+    """Turns with the images and audio of the row's own columns as parts.
+
+    They take the places that wait for them, parts without content or <image> in a text, and
+    without any place come first in the first user turn.
+
+    Raises:
+        DataError: more or fewer places than there are images.
+    """
     parts = [
-        {"type": kind, kind: path}
+        {"type": kind, kind: value}
         for field, kind in _FIELDS.items()
-        if (value := record.get(field))
-        for path in (value if isinstance(value, list) else [value])
+        if (values := record.get(field)) is not None
+        for value in (values if isinstance(values, list) else [values])
     ]
-    if not parts:
-        return turns
+    images = [part for part in parts if part["type"] == "image"]
+    if not images:
+        return _first(turns, parts) if parts else turns
+    split = [_with_marks(turn) for turn in turns]
+    shown = [part for turn in split for part in _parts(turn) if MEDIA.get(part["type"]) == "image"]
+    if not shown:
+        return _first(turns, parts)
+    waiting = [part for part in shown if not _content_of(part)]
+    if len(waiting) != len(images):
+        found = f"has {len(images)} images, and {len(waiting)} places for them in its turns"
+        raise row_error(found, "a place for each, or none at all")
+    for place, image in zip(waiting, images):
+        place.update(image)
+    others = [part for part in parts if part["type"] != "image"]
+    return _first(split, others) if others else split
+
+
+def _first(turns: list, parts: list[dict]) -> list:
     for i, turn in enumerate(turns):
         if isinstance(turn, dict) and (turn.get("from") or turn.get("role")) in ("user", "human"):
-            key = "value" if "from" in turn else "content"
+            key = _key(turn)
             text = turn.get(key)
             rest = text if isinstance(text, list) else [{"type": "text", "text": text}]
             return [*turns[:i], {**turn, key: parts + rest}, *turns[i + 1 :]]
     raise row_error("images or audio and no user turn", "a user turn to show them in")
 
 
+def _key(turn: dict) -> str:
+    return "value" if "from" in turn else "content"
+
+
+def _with_marks(turn: Any) -> Any:
+    """A copy of a turn; its text is cut into parts where it has marks."""
+    if not isinstance(turn, dict):
+        return turn
+    content = turn.get(_key(turn))
+    if isinstance(content, str) and _MARK in content:
+        first, *rest = content.split(_MARK)
+        pieces: list = [{"type": "text", "text": first}]
+        for text in rest:
+            pieces += [{"type": "image"}, {"type": "text", "text": text}]
+        content = [piece for piece in pieces if piece.get("text", _MARK).strip()]
+    elif isinstance(content, list):
+        content = [{**part} if isinstance(part, dict) else part for part in content]
+    return {**turn, _key(turn): content}
+
+
+def _parts(turn: Any) -> Iterator[dict]:
+    """The parts of a turn that say their type."""
+    content = turn.get(_key(turn)) if isinstance(turn, dict) else None
+    for part in content if isinstance(content, list) else ():
+        if isinstance(part, dict) and isinstance(part.get("type"), str):
+            yield part
+
+
+def _content_of(part: dict) -> Any:
+    """What a part of media holds or names, or None."""
+    keys = (part["type"], MEDIA[part["type"]], "path", "url", "bytes", "base64")
+    value = next((part[key] for key in keys if part.get(key)), None)
+    if isinstance(value, dict):
+        value = next((value[key] for key in ("bytes", "url", "path") if value.get(key)), None)
+    return value
+
+
 def media_part(part: dict, folder: Path | None, anywhere: bool) -> dict[str, str]:
-    """A part that names a file, however it is written, with the whole path.
+    """A part, however it is written, with the whole path of its file.
 
     Raises:
         DataError: an address instead of a path, a path outside the folder, or no file there.
     """
-    kind = MEDIA[part["type"]]
-    keys = (part["type"], kind, "path", "url")
-    name = next((part[key] for key in keys if part.get(key)), None)
-    if isinstance(name, dict):
-        name = name.get("url") or name.get("path")
+    kind, value = MEDIA[part["type"]], _content_of(part)
+    if kind == "image" and (content := _bytes_of(value)) is not None:
+        return {"type": kind, kind: str(_kept(content))}
+    return {"type": kind, kind: str(_within(value, kind, folder, anywhere))}
+
+
+def _bytes_of(value: Any) -> bytes | None:
+    """The content of an image file that a row holds itself; None for anything else."""
+    library = sys.modules.get("PIL.Image")  # whoever has such an image has imported it
+    if library is not None and isinstance(value, library.Image):
+        return as_png(value)
+    if isinstance(value, bytes):
+        return value
+    is_address = isinstance(value, str) and value[:5].lower() == "data:"
+    if not is_address and not (isinstance(value, str) and value.startswith(_BASE64)):
+        return None
+    head, _, text = value.partition(",") if is_address else (";base64", "", value)
+    try:
+        if head.endswith(";base64"):
+            return base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError):
+        pass
+    found = f"has the image {value[:40]!r}..., which is not base64"
+    raise row_error(found, "a path, or data:image/png;base64,...")
+
+
+def _kept(content: bytes) -> Path:
+    """The file in the cache that has this content; made if it is not there."""
+    seen_size(content)
+    path = cache_folder("images") / hashlib.sha256(content).hexdigest()[:32]
+    try:
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with new_file(path) as partial:
+                partial.write_bytes(content)
+    except OSError as error:
+        do = "free some space, or set MLX_GEMMA4_CACHE to another folder"
+        found = f"cannot keep an image of the row in {path.parent}: {error}"
+        raise DataError(found, wanted="room for the images that rows hold", do=do) from None
+    return path
+
+
+def _within(name: Any, kind: str, folder: Path | None, anywhere: bool) -> Path:
+    """The file that a row names, in the folder of the rows unless it may be anywhere."""
     told = f"has the {kind} {name!r}"[:220]
     if not isinstance(name, str):
         raise row_error(told, "the path of a file")
     name = name.removeprefix("file://")
-    if "://" in name or name.startswith("data:") or folder is None:
+    if "://" in name or name.startswith("data:") or not (folder or anywhere):
         wanted = "a path within the data folder; nothing is downloaded"
         raise row_error(told, wanted, "save the file beside the rows and name its path")
-    path = folder / name
+    home = folder or Path.cwd()
+    path = home / name
     try:
-        within, there = path.resolve().is_relative_to(folder.resolve()), path.is_file()
+        within, there = path.resolve().is_relative_to(home.resolve()), path.is_file()
     except (OSError, ValueError, RuntimeError):
         within, there = True, False
     if not (within or anywhere):
         wanted = "paths within the folder of the rows"
         do = "move the file there, or set media_anywhere if you trust these rows"
-        raise row_error(f"{told}, outside of {folder}", wanted, do)
+        raise row_error(f"{told}, outside of {home}", wanted, do)
     if not there:
-        raise row_error(f"{told}, and no such file is in {folder}", "the path of a file")
-    return {"type": kind, kind: str(path.resolve())}
+        raise row_error(f"{told}, and no such file is in {home}", "the path of a file")
+    return path.resolve()

@@ -121,6 +121,20 @@ def apply_template(tokenizer: Any, messages: Any, options: dict[str, Any]) -> An
         raise row_error(found, "roles and fields as the template allows them", do) from None
 
 
+def images_of(messages: Sequence[Turn]) -> list[dict[str, str]]:
+    """The parts of a conversation that are images, in order."""
+    lists = (turn["content"] for turn in messages if isinstance(turn["content"], list))
+    return [part for parts in lists for part in parts if part["type"] == "image"]
+
+
+def _said(turn: Turn) -> list[str]:
+    """The texts of a turn."""
+    content = turn["content"]
+    if isinstance(content, str):
+        return [content]
+    return [part["text"] for part in content if part["type"] == "text"]
+
+
 def _for_template(turn: Turn) -> Turn:
     """A message with its reasoning under both names that templates read."""
     return {**turn, "reasoning_content": turn["reasoning"]} if "reasoning" in turn else turn
@@ -137,9 +151,10 @@ def _refuse_markers_in_answers(messages: Sequence[Turn], ends: tuple[str, str]) 
     """No answer can hold what ends or opens a turn: generation would stop there."""
     never = (TURN, END_OF_TURN, *ends)
     for number, turn in enumerate(messages, 1):
-        if not isinstance(turn["content"], str):
-            what = f"turn {number} ({turn['role']}) holds images or audio"
-            raise row_error(what, "text, which alone can be trained on so far")
+        kinds = {part["type"] for part in turn["content"] if isinstance(part, dict)}
+        if "audio" in kinds or (kinds and turn["role"] != "user"):
+            what = f"turn {number} ({turn['role']}) holds {' and '.join(sorted(kinds))}"
+            raise row_error(what, "images in turns of the user; audio cannot be trained on so far")
         if turn["role"] != "assistant":
             continue
         found = [marker for marker in never if marker in turn["content"]]
@@ -160,7 +175,7 @@ def _quoted_markers(
     are then missing are the row's own. Those of answers are not looked for: they are the model's.
     """
     others = [turn for turn in messages if turn["role"] != "assistant"]
-    others = [turn for turn in others if "|" in turn["content"] or len(turn) > 2]
+    others = [turn for turn in others if len(turn) > 2 or any("|" in t for t in _said(turn))]
     if not any(MARKER.search(string) for string in _strings([others, options["tools"]])):
         return frozenset()
     letters = [turn if turn["role"] == "assistant" else _neutralised(turn) for turn in messages]
@@ -194,10 +209,10 @@ def _require_all(row: Row, text: str, quoted: frozenset[int]) -> None:
     lost, at = [], 0
     for number, turn in enumerate(row.messages, 1):
         if turn["role"] in ("system", "user"):
-            said = turn["content"].strip()
-            place = text.find(said, at)
-            lost += [f"turn {number} ({turn['role']})"] * (place < 0)
-            at = max(at, place + len(said))
+            for said in map(str.strip, _said(turn)):
+                place = text.find(said, at)
+                lost += [f"turn {number} ({turn['role']})"] * (place < 0)
+                at = max(at, place + len(said))
     if row.tools:
         for char in quoted:
             text = text[:char] + " " + text[char + 1 :]

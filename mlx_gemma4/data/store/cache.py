@@ -17,16 +17,17 @@ import numpy as np
 from ...errors import DataError
 from ...storage import cache_folder, new_folder
 from ..chat.encode import Task
-from ..example import Facts, Store
+from ..example import Facts, ImageFile, Store
+from ..media.image import is_unchanged
 
 _DATA = Path(__file__).parent.parent
-_FACTS = "facts.json"
+_FACTS, _IMAGES = "facts.json", "images.json"
 _COLUMNS = ("lengths", "targets", "numbers", "digests")
 
 CODE = (
     *("example.py", "read/files.py", "read/records.py", "read/sources.py"),
     *("chat/encode.py", "chat/formats.py", "chat/media.py", "chat/prompt.py"),
-    *("chat/render.py", "chat/spans.py", "chat/thoughts.py"),
+    *("chat/render.py", "chat/spans.py", "chat/thoughts.py", "media/image.py"),
     *("store/cache.py", "store/workers.py"),
 )
 """The modules that decide what is stored: a change in one of them makes new entries."""
@@ -44,6 +45,7 @@ def tokens_key(task: Task) -> str:
         repr(tokenizer.chat_template),
         repr(sorted(tokenizer.special_tokens_map.items(), key=repr)),
         str(task.vocab_size),
+        repr(task.images),
         repr([pair for pair in vars(task.config).items() if pair[0] not in _OF_SOURCES]),
         repr([_version(name) for name in _LIBRARIES]),
         *((_DATA / name).read_text() for name in CODE),
@@ -88,27 +90,42 @@ def cached(key: str, build: Callable[[Path], Any]) -> Path:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether every file has the size that was noted when it was written."""
+    """Whether every file has the size that was noted, and every image is as it was."""
     try:
         noted = json.loads((folder / _FACTS).read_text())["sizes"]
         sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    return sizes.pop(_FACTS) > 0 and sizes == noted
+    if not (sizes.pop(_FACTS) > 0 and sizes == noted):
+        return False
+    return all(is_unchanged(image) for images in _images(folder).values() for image in images)
+
+
+def _images(folder: Path) -> dict[int, tuple[ImageFile, ...]]:
+    """The images of the examples in an entry, which has a file of them if there are any."""
+    path = folder / _IMAGES
+    stored = json.loads(path.read_text()) if path.is_file() else {}
+    return {int(i): tuple(ImageFile(*image) for image in images) for i, images in stored.items()}
 
 
 def write_store(parts: Iterable[Store], folder: Path) -> None:
     """Write stores as one; tokens go to the disk as they come."""
     facts = Facts()
     columns: dict[str, list[np.ndarray]] = {name: [] for name in _COLUMNS}
+    images: dict[int, tuple[ImageFile, ...]] = {}
+    count = 0
     with (folder / "tokens.bin").open("wb") as file:
         for part in parts:
             part.tokens.tofile(file)
             facts.add(part.facts)
+            images |= {count + i: files for i, files in part.images.items()}
+            count += len(part)
             for name, arrays in columns.items():
                 arrays.append(getattr(part, name))
     for name, arrays in columns.items():
         np.save(folder / f"{name}.npy", np.concatenate(arrays))
+    if images:
+        (folder / _IMAGES).write_text(json.dumps(images))
     sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
     (folder / _FACTS).write_text(json.dumps({"facts": vars(facts), "sizes": sizes}))
 
@@ -119,4 +136,5 @@ def open_store(folder: Path, place: str) -> Store:
     facts = json.loads((folder / _FACTS).read_text())["facts"]
     facts |= {name: Counter(facts[name]) for name in ("shapes", "notes")}
     tokens = np.memmap(folder / "tokens.bin", np.uint32, "r")
-    return Store(tokens=tokens, facts=Facts(**facts), place=place, **columns)
+    images = _images(folder)
+    return Store(tokens=tokens, facts=Facts(**facts), place=place, images=images, **columns)

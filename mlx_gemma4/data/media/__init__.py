@@ -1,0 +1,1 @@
+"""Image files -> what the model's processor makes of them."""
