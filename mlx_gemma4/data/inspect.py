@@ -157,7 +157,10 @@ def report(figures: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Shown:
-    """An example as pieces: (text, whether it is a target, whether it is one special token)."""
+    """An example as pieces: (text, whether it is a target, whether it is a special token).
+
+    The tokens of an image are one piece, "<|image|> x 256".
+    """
 
     title: str
     pieces: tuple[tuple[str, bool, bool], ...]
@@ -170,10 +173,16 @@ class Shown:
         known = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
         special = np.isin(example.tokens, sorted(known))
         kinds = np.stack([example.mask, special], 1)
-        cuts = np.flatnonzero((kinds[1:] != kinds[:-1]).any(1) | special[1:]) + 1
+        differs = example.tokens[1:] != example.tokens[:-1]
+        cuts = np.flatnonzero((kinds[1:] != kinds[:-1]).any(1) | special[1:] & differs) + 1
         how = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
         pieces = tuple(
-            (tokenizer.decode(ids.tolist(), **how), bool(kind[0, 0]), bool(kind[0, 1]))
+            (
+                tokenizer.decode(ids[: 1 if kind[0, 1] else None].tolist(), **how)
+                + f" x {len(ids)}" * bool(kind[0, 1] and len(ids) > 1),
+                bool(kind[0, 0]),
+                bool(kind[0, 1]),
+            )
             for ids, kind in zip(np.split(example.tokens, cuts), np.split(kinds, cuts))
         )
         title = f"{name} {example.origin}, {len(example)} tokens, {example.num_targets} targets"

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from ..errors import ConfigError, damaged
+from ..errors import ConfigError
 from ..storage import read_json
 from .plan import Plan
 
@@ -60,25 +59,16 @@ class ImageSettings:
 
 
 def read_image_settings(folder: Path, plan: Plan) -> ImageSettings | None:
-    """The settings of a checkpoint folder; None if it has none or the model sees no images.
-
-    Raises:
-        ModelError: a file that cannot be read, or settings that no Gemma 4 has.
-    """
-    path = folder / _NAME
-    if "image" not in plan.media_tokens or not path.is_file():
-        return None
-    found: dict[str, Any] = {}
+    """The settings of a checkpoint folder; None if it has none, or others than Gemma 4 has."""
     try:
-        found = dict(read_json(path).get("image_processor") or {})
+        found = dict(read_json(folder / _NAME)["image_processor"])
         sizes = [found[key] for key in ("patch_size", "pooling_kernel_size", "max_soft_tokens")]
-    except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
-        raise damaged(f"{path} cannot be read: {error!r}", "the settings of images") from None
-    other = {key: found[key] for key, value in _FIXED.items() if found.get(key, value) != value}
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
     whole = all(isinstance(n, int) and 0 < n <= max(BUDGETS) for n in sizes)
-    if other or not whole or sizes[2] not in BUDGETS:
-        told = f"{path} has patch_size, pooling_kernel_size, max_soft_tokens of {sizes} and {other}"
-        raise damaged(told, f"Gemma 4's image settings, with one of {BUDGETS} soft tokens")
+    fixed = all(found.get(key, value) == value for key, value in _FIXED.items())
+    if not (whole and fixed and sizes[2] in BUDGETS and "image" in plan.media_tokens):
+        return None
     patch, pooling, budget = sizes
     if plan.is_unified:  # its model takes the pixels of a soft token at once
         patch, pooling = patch * pooling, 1
@@ -90,7 +80,7 @@ def require_images(settings: ImageSettings | None) -> ImageSettings:
     if settings is None:
         raise ConfigError(
             "rows with images, and a model without settings for them",
-            wanted=f"a model that sees images, with {_NAME}",
+            wanted=f"a model that sees images, with Gemma 4's {_NAME}",
             do="copy the file from the original checkpoint",
         )
     return settings

@@ -24,6 +24,7 @@ from ..errors import DataError, TrainingError
 from ..gemma import Gemma4
 from ..lora.attach import adapted_modules
 from ..memory.choose import machine_memory
+from ..model.conversation import Prompt
 from ..model.names import flat
 from ..nn.batch import StepOptions
 from ..objectives import Objective
@@ -114,7 +115,7 @@ def finetune(
         (output.path / SUMMARY).unlink(missing_ok=True)  # of an earlier end
         listeners.append(MetricsFile(output.path / METRICS))
         listeners.append(ReportPage(output.path / REPORT, settings, _some(data)))
-    prompts = read_prompts(config.sample_prompts) if config.sample_prompts else []
+    prompts = _sample_prompts(gemma, config)
     validate = partial(
         evaluate, gemma, data.valid, data.config, config, objective, lambda: run.interrupted
     )
@@ -158,6 +159,18 @@ def finetune(
     if run.interrupted:
         raise KeyboardInterrupt(repr(run))  # which says how to go on
     return run
+
+
+def _sample_prompts(gemma: Gemma4, config: TrainConfig) -> list[Prompt]:
+    if not config.sample_prompts:
+        return []
+    if gemma.processor is not None:
+        raise TrainingError(
+            "sample_prompts, and a model with encoders",
+            wanted="a text model: answers come from mlx-lm",
+            do="leave out sample_prompts",
+        )
+    return read_prompts(config.sample_prompts)
 
 
 def _checkpoints(

@@ -21,7 +21,6 @@ import mlx_gemma4 as g4
 from mlx_gemma4.data import dataset as dataset_module
 from mlx_gemma4.data.batch.collate import collate, collate_alike
 from mlx_gemma4.data.example import Examples
-from mlx_gemma4.data.media import image as image_module
 from mlx_gemma4.data.media.image import image_file, patches
 from mlx_gemma4.model.processor import BUDGETS, ImageSettings
 from mlx_gemma4.model.tokenizer import text_side
@@ -387,6 +386,16 @@ def test_settings_that_no_gemma_4_has(tmp_path, side):
     for change in ({"max_soft_tokens": 71}, {"do_normalize": True}, {"patch_size": "4"}, None):
         images = change and good["image_processor"] | change
         (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": images}))
-        with pytest.raises(g4.ModelError, match=r"processor_config.json"):
-            read_image_settings(tmp_path, side.plan)
-    assert image_module.MOST_PIXELS == 64_000_000
+        assert read_image_settings(tmp_path, side.plan) is None
+
+
+def test_an_image_is_shown_as_the_number_of_its_tokens(folder, side):
+    said = read(folder, side, IN_ROWS["image"]).show(0).text()
+    assert "<|image><|image|> x 66<image|>What is it?" in said
+
+
+def test_rows_in_memory_name_files_only_with_the_flag(folder, side):
+    rows = [asks(ASKED, image=str(folder / "wide.png"))]
+    with pytest.raises(g4.DataError, match=r"rows\[0\]: turn 1 \(user\): has the image"):
+        g4.read(rows, side)
+    assert g4.read(rows, side, g4.DataConfig(media_anywhere=True)).has_images

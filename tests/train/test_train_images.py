@@ -65,6 +65,14 @@ def test_packed_is_separate(folder, data):
     assert_same_grads(grads, total)
 
 
+def test_sample_prompts_are_refused_before_a_step(folder, data, tmp_path):
+    (tmp_path / "prompts.txt").write_text("Hello\n")
+    gemma = g4.load(folder, encoders=True)
+    config = g4.TrainConfig(iters=1, sample_prompts=str(tmp_path / "prompts.txt"))
+    with pytest.raises(g4.TrainingError, match="sample_prompts"):
+        g4.finetune(gemma, g4.read(data, gemma), config, console=False)
+
+
 def test_a_model_without_encoders_says_so(folder, data):
     gemma = g4.load(folder)
     with pytest.raises(g4.CapabilityError, match="without embed_vision"):
