@@ -120,6 +120,11 @@ def test_rows_with_an_image(name, folder, side):
     assert patches(image, SMALL)[0].shape == (66 * 9, 48)
 
 
+def test_an_empty_column_is_no_image(folder, side):
+    """A cell of a table that holds nothing."""
+    assert not read(folder, side, asks(ASKED, image=""), asks(ASKED, images=[])).has_images
+
+
 def test_rows_in_memory(side):
     """PIL images and bytes, also as a `datasets` column has them."""
     rows = [
@@ -216,6 +221,7 @@ BROKEN = {
     "bomb": bomb(60_000, 60_000),
     "wide bomb": bomb(9_000, 9_000),
     "no pixels": bomb(0, 10),
+    "a format that is not opened": noise("PPM"),
     "SVG": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
 }
 
@@ -226,6 +232,7 @@ def test_files_that_are_no_whole_image(name, folder, side, monkeypatch):
     with pytest.raises(g4.DataError, match=r"train.jsonl:1: the image .*wide.png") as error:
         read(folder, side, IN_ROWS["image"])
     assert len(str(error.value).splitlines()) == 3
+    assert ("9,000 x 9,000 pixels" in str(error.value)) == (name == "wide bomb")
     again = read(folder, side, IN_ROWS["image"], asks("Hi"), on_bad_row="skip")
     assert (len(again), again.facts.bad) == (1, 1)
 

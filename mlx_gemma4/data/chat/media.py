@@ -43,7 +43,7 @@ def add_media(turns: list, record: dict) -> list:
     parts = [
         {"type": kind, kind: value}
         for field, kind in _FIELDS.items()
-        if (values := record.get(field)) is not None
+        if (values := record.get(field))
         for value in (values if isinstance(values, list) else [values])
     ]
     images = [part for part in parts if part["type"] == "image"]
