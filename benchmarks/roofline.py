@@ -184,8 +184,6 @@ def _placeholders(tree: Any) -> Any:
 
 def _built(plan: Any, ple_table: bool) -> Any:
     """The backbone, 4 bits, of lazy arrays."""
-    from step_memory import _quantize
-
     from mlx_gemma4.model.loader import build_backbone
     from mlx_gemma4.model.names import PLE_TABLE, text_model
 
@@ -193,12 +191,12 @@ def _built(plan: Any, ple_table: bool) -> Any:
     if not ple_table:
         text_model(backbone).pop(PLE_TABLE, None)
     backbone.set_dtype(mx.bfloat16)
-    try:
-        from mlx_gemma4.model.quantize import Packing
-    except ImportError:  # before packings
-        _quantize(backbone, 4, 64)
-    else:
-        _quantize(backbone, Packing(64, 4))
+
+    def packed(path: str, module: Any) -> Any:  # as mlx_lm.convert does it
+        own = backbone.quant_predicate
+        return own(path, module) if own and hasattr(module, "to_quantized") else False
+
+    nn.quantize(backbone, group_size=64, bits=4, class_predicate=packed)
     backbone.update(_placeholders(backbone.parameters()))
     backbone.freeze()
     return backbone

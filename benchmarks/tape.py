@@ -118,12 +118,13 @@ class Bridge:
     """Joins one input of a custom function to its outputs.
 
     Attributes:
-        products: placeholders that the input is multiplied by, one for each output.
+        products: placeholders that the input is multiplied by from the left and from the right,
+            for each output.
         cotangents: placeholders of the cotangents of those outputs.
         gradient: what the function's vjp makes of them for this input.
     """
 
-    products: list[mx.array]
+    products: list[tuple[mx.array, mx.array]]
     cotangents: list[mx.array]
     gradient: mx.array
 
@@ -162,10 +163,14 @@ class Joints:
             for path, arg in tree_flatten(args):
                 if not _is_float(arg):
                     continue
-                products = [self._placeholder((arg.size, out.size), out.dtype) for out in leaves]
-                for i, (product, out) in enumerate(zip(products, leaves)):
-                    through = arg.astype(out.dtype).reshape(1, -1) @ product
+                matrix = arg.reshape(-1, arg.shape[-1] if arg.ndim else 1)
+                products = list[tuple[mx.array, mx.array]]()
+                for i, out in enumerate(leaves):
+                    left = self._placeholder((1, matrix.shape[0]), out.dtype)
+                    right = self._placeholder((matrix.shape[1], out.size), out.dtype)
+                    through = left @ matrix.astype(out.dtype) @ right
                     moved[i] = moved[i] + through.reshape(out.shape)
+                    products.append((left, right))
                 self.bridges.append(Bridge(products, cotangents, grads[path]))
             given = [arg for _, arg in tree_flatten(held) if isinstance(arg, mx.array)]
             self.calls.append((leaves, given, moved))
@@ -199,7 +204,8 @@ class Joints:
         """Every array that `join` has to know by name."""
         return [
             *(array for call in self.calls for part in call for array in part),
-            *(a for b in self.bridges for a in (*b.products, *b.cotangents, b.gradient)),
+            *(a for b in self.bridges for pair in b.products for a in pair),
+            *(a for b in self.bridges for a in (*b.cotangents, b.gradient)),
         ]
 
     def join(self, tape: Tape, ends: list[str]) -> Tape:
@@ -209,13 +215,16 @@ class Joints:
             leaves, given, moved = ([next(names) for _ in part] for part in call)
             tape.nodes.append(Node("CustomTransforms", [], leaves + given, moved))
         alias: dict[str, str] = {}
-        products: dict[str, tuple[str, str, str]] = {}  # -> cotangent, gradient, which input
-        for number, bridge in enumerate(self.bridges):
-            of_inputs, cotangents = ([next(names) for _ in x] for x in (bridge.products,) * 2)
-            gradient = next(names)
-            products |= {p: (c, gradient, str(number)) for p, c in zip(of_inputs, cotangents)}
+        pairs = [[(next(names), next(names)) for _ in b.products] for b in self.bridges]
+        cotangent_of: dict[str, str] = {}  # placeholder on the right -> of the cotangent
+        gradient_of: dict[str, tuple[int, str]] = {}  # placeholder on the left -> input, gradient
+        for number, (bridge, of_outputs) in enumerate(zip(self.bridges, pairs)):
+            cotangents, gradient = [next(names) for _ in bridge.cotangents], next(names)
+            for (left, right), cotangent in zip(of_outputs, cotangents):
+                cotangent_of[right] = cotangent
+                gradient_of[left] = number, gradient
         made = tape.made()
-        joined, zero = set[str](), set[str]()
+        joined, zero = set[int](), set[str]()
 
         def found(array: str) -> str:
             while array in alias:
@@ -223,18 +232,22 @@ class Joints:
             return array
 
         for node in tape.nodes:
-            out, source = node.outputs[0], made.get(node.inputs[-1]) if node.inputs else None
-            if node.name == "Matmul" and source and source.name == "Transpose":
-                if source.inputs[0] in products:
-                    cotangent, gradient, number = products[source.inputs[0]]
-                    flat = made[node.inputs[0]]
-                    is_flat = flat.name in ("Reshape", "Flatten", "Unflatten")
-                    alias.setdefault(cotangent, flat.inputs[0] if is_flat else flat.outputs[0])
-                    if number in joined:
-                        zero.add(out)
-                    else:
-                        alias[out] = gradient
-                    joined.add(number)
+            if node.name != "Matmul":
+                continue
+            out, turned = node.outputs[0], [made.get(array) for array in node.inputs]
+            left, right = (n.inputs[0] if n and n.name == "Transpose" else "" for n in turned)
+            if right in cotangent_of:
+                flat = made[node.inputs[0]]
+                is_flat = flat.name in ("Reshape", "Flatten", "Unflatten")
+                arriving = flat.inputs[0] if is_flat else node.inputs[0]
+                alias.setdefault(cotangent_of[right], arriving)
+            elif left in gradient_of:
+                number, gradient = gradient_of[left]
+                if number in joined:
+                    zero.add(out)
+                else:
+                    alias[out] = gradient
+                joined.add(number)
         for node in tape.nodes:
             out, zeros = node.outputs[0], [i for i in node.inputs if i in zero]
             if node.name in VIEWS | {"AsType"} and zeros:
