@@ -1,20 +1,21 @@
 """What a training step moves, computes and launches at a member's real size, counted in its graph.
 
     python benchmarks/roofline.py E2B --chip m3max
-    python benchmarks/roofline.py E2B E4B 31B --lengths 2048 8192 --markdown
+    python benchmarks/roofline.py E2B E4B 31B --lengths 2048 8192
     python benchmarks/roofline.py E2B --only "ours fast" --by shape
 
-Nothing is evaluated: weights are placeholders, the step is exported to a tape of primitives, and
-the elementwise ones are joined as mx.compile joins them. LoRA of rank 8 on q, k, v, o, gate, up and
-down, Adam, batch 1, 4 bits in groups of 64, bfloat16. `ours fast` and `mlx-lm` keep everything,
-`ours lean` and `mlx-lm checkpointed` run every layer again in the backward pass.
+Nothing is evaluated: weights are placeholders, the step is exported to a tape of primitives
+(tape.py), and the elementwise ones are joined as mx.compile joins them (fusion.py). LoRA of rank 8
+on q, k, v, o, gate, up and down, Adam, batch 1, 4 bits in groups of 64, bfloat16. `ours fast` and
+`mlx-lm` keep everything, `ours lean` and `mlx-lm checkpointed` run every layer again in the backward
+pass.
 
 The graph is the one for Metal: norms, RoPE, cross-entropy and dequantize are one kernel there, and
 many primitives in a build for the CPU, so stand-ins take their place while the step is traced.
-MLX's fused attention is counted unfused, as it is differentiated on M1 to M4 at these head dims and
-masks; on M5 mlx-lm moves less in full layers. Counted of a kernel is each input and output once,
-as if no cache helped: time on paper is max(bytes / bandwidth, FLOPs / peak) + launches * cost, a
-ruler to hold two steps against, no forecast.
+MLX's own attention is counted unfused, as it is differentiated on M1 to M4 at these head dims and
+masks; on M5 mlx-lm moves less in full layers. A kernel reads each input and writes each output
+once, as if no cache helped. Time on paper is the sum over kernels of max(bytes / bandwidth,
+FLOPs / peak) and the cost of a launch: a ruler to hold two steps against, no forecast.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import argparse
 import math
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,11 +36,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
+from fusion import FUSABLE, fused
 from mlx.utils import tree_flatten, tree_unflatten
 from settings import RANK, SCALE, TARGETS
-from tape import FUSABLE, MARKS, VIEWS, Node, Tape, fused, tape_of
+from tape import MARKS, VIEWS, Node, Tape, tape_of
 
-__all__ = ["CHIPS", "Cost", "count", "fused", "tape_of"]
+__all__ = ["CHIPS", "Cost", "costs", "count"]
 
 # Name -> (bandwidth in GB/s, float32 TFLOP/s of the GPU; in bfloat16 they are the same up to M4).
 CHIPS = {
@@ -51,8 +53,8 @@ CHIPS = {
     "m4max": (546, 18.4),
     "m5": (153, 17.0),
 }
-"""The largest GPU of each name. Bandwidth: Apple's announcements and specification pages (M1, M1 Max
-2020-21, M2 Max 2023, M3 Max 2023, M4, M4 Max 2024, M5 2025). TFLOP/s: Apple's for M1 and M1 Max,
+"""The largest GPU of each name. Bandwidth: Apple's announcements and specification pages (M1 2020, M1
+Max 2021, M2 Max 2023, M3 Max 2023, M4, M4 Max 2024, M5 2025). TFLOP/s: Apple's for M1 and M1 Max,
 else cores * 128 lanes * 2 * clock as listed by hmc-tech.com/gpu; M5 is Apple's "over 4x peak GPU
 compute of M4" for products on neural accelerators."""
 
@@ -82,7 +84,10 @@ class Cost:
         return work + self.launches * LAUNCH_SECONDS
 
 
-def costs(tape: Tape) -> Iterator[tuple[str, Node, Cost]]:
+Kernel = tuple[str, Node, Cost]
+
+
+def costs(tape: Tape) -> Iterator[Kernel]:
     """(kind, node, cost) of every node that launches something."""
     made = tape.made()
     # A slice that is read before the whole is written over does not hold it.
@@ -163,15 +168,19 @@ def costs(tape: Tape) -> Iterator[tuple[str, Node, Cost]]:
         yield name, node, cost
 
 
-def count(tape: Tape, by: str = "kind") -> dict[str, Cost]:
-    """Costs by kind of kernel; with `by` "shape" also by shape and dtype of what comes out."""
+def count(kernels: Iterable[Kernel]) -> dict[str, Cost]:
+    """Costs by kind of kernel, largest first."""
     found: dict[str, Cost] = defaultdict(Cost)
-    for kind, node, cost in costs(tape):
-        shape, dtype = tape.arrays[node.outputs[0]]
-        of_node = f"{node.name[:60]} {shape} {str(dtype).split('.')[-1]}" if by == "shape" else ""
-        key = f"{kind}: {of_node}" if of_node else kind
-        found[key] = found[key] + cost
+    for kind, _, cost in kernels:
+        found[kind] += cost
     return dict(sorted(found.items(), key=lambda item: -item[1].bytes))
+
+
+def by_shape(tape: Tape, kernels: Iterable[Kernel]) -> Iterator[Kernel]:
+    """The kernels with primitives, shape and dtype of what comes out in place of the kind."""
+    for kind, node, cost in kernels:
+        shape, dtype = tape.arrays[node.outputs[0]]
+        yield f"{kind}: {node.name[:60]} {shape} {str(dtype).split('.')[-1]}", node, cost
 
 
 # ---------------------------------------------------------------- the steps
@@ -294,15 +303,17 @@ def main() -> None:
     for model in given.models:
         for length in given.lengths:
             for name in given.only:
-                found = count(STEPS[name](MEMBERS[model], length), given.by or "kind")
-                total = sum(found.values(), Cost())
-                seconds = total.seconds(given.chip)
+                tape = STEPS[name](MEMBERS[model], length)
+                kernels = list(costs(tape))
+                total = sum((cost for *_, cost in kernels), Cost())
+                seconds = sum(cost.seconds(given.chip) for *_, cost in kernels)
                 print(
                     f"| {model} | {length} | {name} | {total.bytes / 1e9:.0f} | {total.launches} "
                     f"| {total.flops / 1e12:.1f} | {seconds:.2f} |",
                     flush=True,
                 )
-                for kind, cost in list(found.items())[: given.top if given.by else 0]:
+                shown = by_shape(tape, kernels) if given.by == "shape" else kernels
+                for kind, cost in list(count(shown).items())[: given.top if given.by else 0]:
                     print(f"    {cost.bytes / 1e9:8.2f} GB {cost.launches:7} {kind}", flush=True)
 
 

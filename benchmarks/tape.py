@@ -1,18 +1,18 @@
 """A function's graph as MLX compiles it for Metal, written down and not evaluated.
 
-`mx.export_function` writes a tape of primitives with shapes. Three things are put right:
+`mx.export_function` writes a tape of primitives with shapes. Two things are put right:
 
 - It cannot write custom functions down. While a function is traced, a stand-in computes a custom
   function's outputs and, from placeholders, its gradients; the tape's ends are then joined.
 - Norms, RoPE, cross-entropy and dequantize are one kernel on Metal and many primitives in a build
   for the CPU: stand-ins leave one mark each.
-- Elementwise primitives are not fused yet: `fused` does that by the rule of mx.compile.
+
+Elementwise primitives are not fused yet: see fusion.py.
 """
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,12 +22,13 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-__all__ = ["FUSABLE", "MARKS", "VIEWS", "Node", "Tape", "fused", "tape_of"]
+__all__ = ["MARKS", "VIEWS", "Node", "Tape", "tape_of"]
 
-VIEWS = set(
-    """AsStrided Broadcast BroadcastAxes Copy CustomTransforms Depends ExpandDims Flatten
-    NumberOfElements Reshape Slice Split Squeeze StopGradient Transpose Unflatten View""".split()
-)
+VIEWS = {
+    *("AsStrided", "Broadcast", "BroadcastAxes", "Copy", "CustomTransforms", "Depends"),
+    *("ExpandDims", "Flatten", "NumberOfElements", "Reshape", "Slice", "Split", "Squeeze"),
+    *("StopGradient", "Transpose", "Unflatten", "View"),
+}
 
 
 # ---------------------------------------------------------------- the tape
@@ -250,15 +251,13 @@ class Joints:
                 joined.add(number)
         for node in tape.nodes:
             out, zeros = node.outputs[0], [i for i in node.inputs if i in zero]
-            if node.name in VIEWS | {"AsType"} and zeros:
+            led_back = node.name in ("AsType", "Reshape", "Unflatten")  # from a product, perhaps
+            if zeros and (node.name != "Add" or len(zeros) == 2):
                 zero.add(out)
-            elif node.name == "Add" and len(zeros) == 2:
-                zero.add(out)
-            elif node.name == "Add" and zeros:
+            elif zeros:
                 alias[out] = next(i for i in node.inputs if i not in zero)
-            elif node.name in ("AsType", "Reshape", "Unflatten"):
-                if tape.arrays[found(node.inputs[0])] == tape.arrays[out]:
-                    alias[out] = node.inputs[0]  # it led back from a product
+            elif led_back and tape.arrays[found(node.inputs[0])] == tape.arrays[out]:
+                alias[out] = node.inputs[0]
         for node in tape.nodes:
             node.inputs = [found(array) for array in node.inputs]
         return Tape(tape.nodes, [found(array) for array in tape.outputs], tape.arrays).sorted()
@@ -272,102 +271,6 @@ def _filled(tree: Any, values: Any) -> Any:
     """The tree with other floating arrays, in their order."""
     left = iter(values)
     return tree_map(lambda x: next(left) if _is_float(x) else x, tree)
-
-
-# ---------------------------------------------------------------- what mx.compile fuses
-
-FUSABLE = set(
-    """Abs ArcCos ArcCosh ArcSin ArcSinh ArcTan ArcTanh AsType Ceil Cos Conjugate Cosh Remainder Erf
-    ErfInv Exp Floor Log Log2 Log10 Log1p LogicalNot Negative Round Sigmoid Sign Sin Sinh Square
-    Sqrt Rsqrt Tan Tanh Expm1 Real Imag BitwiseInvert Add Divide Equal NaNEqual Greater GreaterEqual
-    Less LessEqual LogicalAnd LogicalOr LogAddExp Maximum Minimum Multiply NotEqual Power Subtract
-    BitwiseBinary FloorDivide ArcTan2 Select Broadcast""".split()
-)
-MAX_DEPTH, MAX_ARRAYS = 11, 24
-
-
-def fused(tape: Tape) -> Tape:
-    """The tape with its elementwise primitives joined by the rule of mlx/compile.cpp (0.32).
-
-    Backwards from each primitive, an input joins when all its readers have, to a depth of 11 and up
-    to 24 arrays that come from outside; a Broadcast with other readers is made once more.
-    """
-    made = tape.made()
-    readers: dict[str, set[str]] = defaultdict(set)
-    for node in tape.nodes:
-        for array in node.inputs:
-            readers[array].update(node.outputs)
-    ends, joined, order = set(tape.outputs), set[str](), list[Node]()
-    arrays = dict(tape.arrays)
-
-    for node in reversed(tape.nodes):
-        top = node.outputs[0]
-        if top in joined:
-            continue
-        inside: dict[str, Node] = {}
-        outside: set[str] = set()
-
-        def collect(array: str, depth: int) -> None:
-            maker = made.get(array)
-            if array in inside:
-                return
-            shaped = array in ends and arrays[array][0] != arrays[top][0]
-            if depth >= MAX_DEPTH or maker is None or maker.name not in FUSABLE or shaped:
-                outside.add(array)
-                return
-            if depth and not readers[array] <= inside.keys():
-                if maker.name != "Broadcast" or len(outside) >= MAX_ARRAYS:
-                    outside.add(array)
-                    return
-                array = _split(array)
-                maker = made[array]
-            outside.discard(array)
-            if array in ends:
-                outside.add(array)
-            if len(outside) >= MAX_ARRAYS:
-                return
-            inside[array] = maker
-            for one in maker.inputs:
-                collect(one, depth + 1)
-
-        def _split(array: str) -> str:
-            """A copy of a broadcast for its readers inside."""
-            copy, old = f"{array}/{len(arrays)}", made[array]
-            arrays[copy] = arrays[array]
-            made[copy] = Node(old.name, old.arguments, list(old.inputs), [copy])
-            for reader in readers[array] & inside.keys():
-                inside[reader].inputs = [copy if i == array else i for i in inside[reader].inputs]
-                readers[copy].add(reader)
-            readers[array] -= inside.keys()
-            return copy
-
-        if node.name != "Broadcast":
-            collect(top, 0)
-        if len(inside) <= 1:
-            order.append(node)
-            continue
-        section, inputs = list[str](), list[str]()
-
-        def walk(array: str) -> None:
-            if array not in inside:
-                if array not in inputs:
-                    inputs.append(array)
-            elif array not in section:
-                for one in inside[array].inputs:
-                    walk(one)
-                section.append(array)
-
-        walk(top)
-        outputs = [a for a in section if a in ends or a == top]
-        joined.update(section)
-        whole = Node("Compiled" + "".join(inside[a].name for a in section), [], inputs, outputs)
-        order.append(whole)
-        for array in inputs:
-            readers[array] = (readers[array] - inside.keys()) | {f"{out}/compiled" for out in outputs}
-        for array in outputs:
-            readers[array] -= inside.keys()
-        made |= {out: whole for out in outputs}
-    return Tape(order[::-1], tape.outputs, arrays).sorted()
 
 
 # ---------------------------------------------------------------- what Metal has one kernel for
@@ -452,5 +355,3 @@ def _stand_ins(joints: Joints, metal: bool) -> Iterator[None]:
     finally:
         for (owner, name, _), function in zip(places, own):
             setattr(owner, name, function)
-
-
