@@ -7,7 +7,7 @@ from typing import Any
 
 from ..config import LoraConfig
 from ..errors import AdapterError
-from .names import Module, is_meant
+from .names import ENCODERS, Module, is_meant
 
 
 def chosen_modules(config: LoraConfig, known: Collection[Module], num_layers: int) -> list[Module]:
@@ -16,7 +16,9 @@ def chosen_modules(config: LoraConfig, known: Collection[Module], num_layers: in
     A target is a short name (`q_proj` ... `down_proj`: attention and dense MLP), `experts` (the
     three expert projections of a MoE layer), `all-linear` (every module of `known`), any path
     within a layer, or one module by its whole path, `layers.3.self_attn.q_proj`. Layers that share
-    keys and values have no k_proj and v_proj; there the target is met by the other layers.
+    keys and values have no k_proj and v_proj; there the target is met by the other layers. Encoders
+    are adapted by their own names only: `vision_tower`, `audio_tower`, their projectors
+    `embed_vision` and `embed_audio`, or any path that begins with one.
 
     Args:
         num_layers: how many the model has.
@@ -34,13 +36,14 @@ def chosen_modules(config: LoraConfig, known: Collection[Module], num_layers: in
         if not any(is_meant(module, target) for module in known):
             raise AdapterError(
                 f"LoRA target {target!r} matches no module of the layers",
-                wanted="all-linear, or one of " + ", ".join(sorted({path for _, path in known})),
+                wanted="all-linear, or one of " + ", ".join(sorted({*map(_word, known)})),
                 do="change lora_targets",
             )
     modules = [
         module
         for module in known
-        if module[0] >= first and any(is_meant(module, target) for target in config.targets)
+        if (module[0] >= first or module[0] == ENCODERS)
+        and any(is_meant(module, target) for target in config.targets)
     ]
     if not modules:
         raise AdapterError(
@@ -49,6 +52,11 @@ def chosen_modules(config: LoraConfig, known: Collection[Module], num_layers: in
             do="raise num_layers, or change lora_targets",
         )
     return modules
+
+
+def _word(module: Module) -> str:
+    index, path = module
+    return path.split(".")[0] if index == ENCODERS else path
 
 
 def settings_of(config: LoraConfig, module: Module) -> tuple[int, float]:
