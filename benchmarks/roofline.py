@@ -7,8 +7,8 @@
 Nothing is evaluated: weights are placeholders, the step is exported to a tape of primitives
 (tape.py), and the elementwise ones are joined as mx.compile joins them (fusion.py). LoRA of rank 8
 on q, k, v, o, gate, up and down, Adam, batch 1, 4 bits in groups of 64, bfloat16. `ours fast` and
-`mlx-lm` keep everything, `ours lean` and `mlx-lm checkpointed` run every layer again in the backward
-pass.
+`mlx-lm` keep everything; `ours lean` and `mlx-lm checkpointed` run every layer again in the
+backward pass.
 
 The graph is the one for Metal: norms, RoPE, cross-entropy and dequantize are one kernel there, and
 many primitives in a build for the CPU, so stand-ins take their place while the step is traced.
@@ -53,10 +53,10 @@ CHIPS = {
     "m4max": (546, 18.4),
     "m5": (153, 17.0),
 }
-"""The largest GPU of each name. Bandwidth: Apple's announcements and specification pages (M1 2020, M1
-Max 2021, M2 Max 2023, M3 Max 2023, M4, M4 Max 2024, M5 2025). TFLOP/s: Apple's for M1 and M1 Max,
-else cores * 128 lanes * 2 * clock as listed by hmc-tech.com/gpu; M5 is Apple's "over 4x peak GPU
-compute of M4" for products on neural accelerators."""
+"""The largest GPU of each name. Bandwidth: Apple's announcements and specification pages (M1 2020,
+M1 Max 2021, M2 Max and M3 Max 2023, M4 and M4 Max 2024, M5 2025). TFLOP/s: Apple's for M1 and M1
+Max, else cores * 128 lanes * 2 * clock, clocks as hmc-tech.com/gpu lists them; of M5, Apple's "over
+4x" the M4 for products on its neural accelerators."""
 
 LAUNCH_SECONDS = 3e-6
 """An assumption: what a launch costs beside its work, once commands are encoded ahead."""

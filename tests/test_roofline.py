@@ -84,6 +84,23 @@ def test_an_update_is_in_place_unless_the_old_values_are_read_later(held, launch
     assert counted(function, (32, 32), (4, 32))["SliceUpdate"].launches == launches
 
 
+def test_a_slice_that_is_taken_before_an_update_does_not_hold_the_values():
+    def function(arrays):
+        x, y = arrays
+        x = x @ x
+        return (x.at[:4].add(y + x[:1]),)
+
+    assert counted(function, (32, 32), (4, 32))["SliceUpdate"].launches == 1
+
+
+def test_a_broadcast_value_is_read_once():
+    def function(arrays):
+        x, w = arrays
+        return mx.broadcast_to(x, (4, 8, 64)) @ w
+
+    assert counted(function, (8, 64), (4, 64, 64))["Matmul"].bytes == 2 * (8 + 256 + 32) * 64
+
+
 def test_quantized_weights_are_read_packed():
     def function(arrays):
         x, w, scales, biases = arrays
