@@ -11,6 +11,7 @@ import mlx.optimizers as optim
 
 from ..config import TrainConfig
 from ..model.names import flat
+from .masters import with_masters
 
 Schedule = Callable[[mx.array], mx.array]
 
@@ -19,7 +20,8 @@ def make_optimizer(config: TrainConfig, total_steps: int, parameters: Any) -> op
     """The optimizer of a run, from mlx.optimizers, with its state.
 
     Weight decay leaves out vectors and scalars: norms, biases, DoRA's magnitudes. Muon is for
-    matrices; embeddings, the head, stacked experts and vectors get AdamW beside it.
+    matrices; embeddings, the head, stacked experts and vectors get AdamW beside it. Weights in half
+    precision have float32 masters.
 
     Args:
         config: optimizer, learning rate and its schedule, weight decay.
@@ -35,6 +37,7 @@ def make_optimizer(config: TrainConfig, total_steps: int, parameters: Any) -> op
         optimizer = make(rate, 0.0)
     else:
         optimizer = _grouped(make(rate, decay), make(rate, 0.0), _decays, parameters)
+    optimizer = with_masters(optimizer, parameters)
     optimizer.init(parameters)
     return optimizer
 
