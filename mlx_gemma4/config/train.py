@@ -36,6 +36,9 @@ class TrainConfig(Settings):
         "hundreds of updates are larger, as in MLX and mlx-lm",
     )
     learning_rate: float = setting(1e-4, "the optimizer's learning rate", at_least=0.0)
+    lora_plus_ratio: float | None = setting(
+        None, "LoRA+: the learning rate of B over that of A; default: both are one", at_least=1.0
+    )
     lr_schedule: Literal["constant", "linear", "cosine"] = setting(
         "constant", "how the learning rate falls over the run"
     )
@@ -74,6 +77,12 @@ class TrainConfig(Settings):
                 f"weight_decay is {self.weight_decay} and optimizer is adam",
                 wanted="an optimizer that has weight decay",
                 do="take optimizer adamw, or leave out weight_decay",
+            )
+        if self.lora_plus_ratio is not None and self.fine_tune_type == "full":
+            raise ConfigError(
+                f"fine_tune_type is full and lora_plus_ratio is {self.lora_plus_ratio}",
+                wanted="LoRA or full fine-tuning",
+                do="leave out lora_plus_ratio, or set fine_tune_type lora",
             )
         if self.min_learning_rate > self.learning_rate:
             most = f"at most learning_rate, {self.learning_rate}"
