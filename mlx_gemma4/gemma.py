@@ -75,6 +75,7 @@ def load(
         quantize=None if quantize is None else str(quantize),
     )
     if adapter is not None:
+        gemma.adapter = str(adapter)
         gemma.lora = load_adapter(gemma.backbone, gemma.plan, adapter)
     return gemma
 
@@ -90,6 +91,7 @@ class Gemma4:
         processor: mlx-vlm's processor where encoders were loaded.
         end_tokens: token ids on which an answer ends.
         quantize: how it was quantized while loading, as asked for.
+        adapter: the adapter that it was loaded with.
         lora: the settings of the LoRA layers on it, if any.
     """
 
@@ -99,6 +101,7 @@ class Gemma4:
     processor: Any
     end_tokens: frozenset[int]
     quantize: str | None = None
+    adapter: str | None = None
     lora: LoraConfig | None = None
 
     @property

@@ -99,11 +99,14 @@ def load_adapter(backbone: nn.Module, plan: Plan, folder: str | Path) -> LoraCon
             wanted="the adapter of this model, whole",
             do="name the model that the adapter was trained on",
         )
-    backbone.load_weights(list(read.tensors.items()), strict=False)
+    tensors = read.tensors
     if lora is None:
-        _unfreeze(backbone, read.tensors)
+        _unfreeze(backbone, tensors)
+    else:  # they train in float32, whatever they were saved in
+        tensors = {name: value.astype(wanted[name].dtype) for name, value in tensors.items()}
+    backbone.load_weights(list(tensors.items()), strict=False)
     require_effect(backbone, str(folder))
-    mx.eval(read.tensors)
+    mx.eval(tensors)
     return lora
 
 

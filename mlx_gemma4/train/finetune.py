@@ -148,6 +148,7 @@ def _checkpoints(
     settings = flatten(config, data.config, *([run.gemma.lora] if run.gemma.lora else []))
     settings |= {"model": run.gemma.name, "data": data.source}
     settings |= {"quantize": run.gemma.quantize} if run.gemma.quantize else {}
+    settings |= {"init_from": run.gemma.adapter} if run.gemma.adapter else {}
     free = may_change(config)
     fixed = {key: value for key, value in settings.items() if key not in free}
     digests = Examples.of(data.train).digests
@@ -167,7 +168,7 @@ def may_change(config: TrainConfig) -> set[str]:
     """Settings that a run which resumes may change; at a constant rate it may become longer too."""
     # A schedule that falls ends with the run.
     length = {"iters", "epochs"} if config.lr_schedule == "constant" else set()
-    return _FREE_ON_RESUME | length | {"data"}
+    return _FREE_ON_RESUME | length | {"data", "init_from"}
 
 
 def _prepare(gemma: Gemma4, config: TrainConfig, lora: LoraConfig | None) -> None:
@@ -181,6 +182,12 @@ def _prepare(gemma: Gemma4, config: TrainConfig, lora: LoraConfig | None) -> Non
                 do="leave out lora, and load the model without adapter; or set fine_tune_type lora",
             )
         gemma.train_all()
+    elif gemma.lora is None and gemma.adapter is not None:
+        raise TrainingError(
+            f"{gemma.adapter} holds whole weights, and fine_tune_type is lora",
+            wanted="LoRA to train further",
+            do="set fine_tune_type full, or fuse it with its base and train that model",
+        )
     elif gemma.lora is None or lora is not None:
         mx.random.seed(config.seed)
         gemma.add_lora(lora or LoraConfig())

@@ -77,10 +77,11 @@ def moves(gemma, optimizer) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
-@pytest.mark.parametrize("targets", [("q_proj",), ("experts", "o_proj")])
-def test_lora_plus_gives_b_its_own_rate(checkpoints, targets, decay):
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_lora_plus_gives_b_its_own_rate(checkpoints, use_dora, decay):
     gemma = g4.load(checkpoints["moe"])
-    gemma.add_lora(g4.LoraConfig(rank=2, targets=targets))
+    targets = ("o_proj", *["experts"] * (not use_dora))
+    gemma.add_lora(g4.LoraConfig(rank=2, targets=targets, use_dora=use_dora))
     config = g4.TrainConfig(
         optimizer="sgd", learning_rate=0.01, lora_plus_ratio=8, weight_decay=decay, warmup_steps=1
     )
@@ -88,8 +89,9 @@ def test_lora_plus_gives_b_its_own_rate(checkpoints, targets, decay):
     optimizer = make_optimizer(config, 10, gemma.backbone.trainable_parameters())
     assert float(optimizer.learning_rate) == pytest.approx(0.005)
     for name, moved in moves(gemma, optimizer).items():
-        rate = {"lora_a": 0.005, "lora_b": 0.04}[name.rpartition(".")[2]]
-        assert np.allclose(moved, rate * (1 + decay * np.array(before[name])), atol=1e-6), name
+        rate = {"lora_a": 0.005, "lora_b": 0.04, "m": 0.04}[name.rpartition(".")[2]]
+        decayed = 0 if name.endswith(".m") else decay * np.array(before[name])
+        assert np.allclose(moved, rate * (1 + decayed), atol=1e-6), name
     assert float(optimizer.learning_rate) == pytest.approx(0.005)
 
 
