@@ -18,7 +18,7 @@ from mlx.utils import tree_unflatten
 
 from ..config import LoraConfig
 from ..errors import AdapterError
-from ..model.names import EXPERTS, Module, flat, is_meant, lm_head, text_model
+from ..model.names import EXPERTS, ROUTER, Module, flat, is_meant, lm_head, text_model
 from ..model.plan import Plan
 from ..model.targets import settings_of
 from ..nn.dropout import KeyedDropout
@@ -57,6 +57,16 @@ def lora_layers(backbone: nn.Module) -> Iterator[tuple[int, str, Any]]:
 def adapted_modules(backbone: nn.Module) -> Counter[str]:
     """How many modules of each path within a layer carry LoRA."""
     return Counter(path for _, path, _ in lora_layers(backbone))
+
+
+def router_risk(backbone: nn.Module) -> str | None:
+    """A warning where LoRA adapts the router of a MoE."""
+    if ROUTER not in adapted_modules(backbone):
+        return None
+    return (
+        f"warning: {ROUTER} is adapted. Tokens may move to other experts than those that learned "
+        "them, and a few experts may come to take most tokens"
+    )
 
 
 @contextmanager

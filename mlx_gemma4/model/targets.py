@@ -7,48 +7,69 @@ from typing import Any
 
 from ..config import LoraConfig
 from ..errors import AdapterError
-from .names import Module, is_meant
+from .names import ALL_LINEAR, PRESETS, Module, is_meant
 
 
 def chosen_modules(config: LoraConfig, known: Collection[Module], num_layers: int) -> list[Module]:
     """The modules that a config adapts, of those that LoRA can adapt in a model.
 
-    A target is a short name (`q_proj` ... `down_proj`: attention and dense MLP), `experts` (the
-    three expert projections of a MoE layer), `all-linear` (every module of `known`), any path
-    within a layer, or one module by its whole path, `layers.3.self_attn.q_proj`. Layers that share
-    keys and values have no k_proj and v_proj; there the target is met by the other layers.
+    A target is a preset (`attention`, `mlp`, `experts`, `ple-projections`, or `all-linear`: every
+    module of `known` but the router), a short name (`q_proj` ... `down_proj`: attention and dense
+    MLP), any path within a layer, or one module by its whole path, `layers.3.self_attn.q_proj`.
+    Layers that share keys and values have no k_proj and v_proj; there the target is met by the
+    other layers.
 
     Args:
         num_layers: how many the model has.
 
     Raises:
-        AdapterError: a target that no layer has, or more layers than there are.
+        AdapterError: a target that no layer has, or layers that there are not.
+    """
+    layers = chosen_layers(config, num_layers)
+    for target in config.targets:
+        if not any(is_meant(module, target) for module in known):
+            raise AdapterError(
+                f"LoRA target {target!r} matches no module of the layers",
+                wanted=f"one of {', '.join([*PRESETS, ALL_LINEAR])}, or of "
+                + ", ".join(sorted({path for _, path in known})),
+                do="change lora_targets",
+            )
+    modules = [
+        module
+        for module in known
+        if module[0] in layers and any(is_meant(module, target) for target in config.targets)
+    ]
+    if not modules:
+        raise AdapterError(
+            f"none of layers {', '.join(map(str, layers))} has {', '.join(config.targets)}",
+            wanted="a module to adapt",
+            do="name other layers, or change lora_targets",
+        )
+    return modules
+
+
+def chosen_layers(config: LoraConfig, num_layers: int) -> list[int]:
+    """The layers that a config adapts, of so many.
+
+    Raises:
+        AdapterError: layers that there are not.
     """
     if config.num_layers > num_layers:
         wanted = f"at most the model's {num_layers} layers, or -1 for all"
         raise AdapterError(
             f"num_layers is {config.num_layers}", wanted=wanted, do="change num_layers"
         )
-    first = num_layers - config.num_layers if config.num_layers >= 0 else 0
-    for target in config.targets:
-        if not any(is_meant(module, target) for module in known):
-            raise AdapterError(
-                f"LoRA target {target!r} matches no module of the layers",
-                wanted="all-linear, or one of " + ", ".join(sorted({path for _, path in known})),
-                do="change lora_targets",
-            )
-    modules = [
-        module
-        for module in known
-        if module[0] >= first and any(is_meant(module, target) for target in config.targets)
-    ]
-    if not modules:
+    if config.layers is None:
+        first = num_layers - config.num_layers if config.num_layers >= 0 else 0
+        return [*range(first, num_layers)]
+    spans = config.layer_spans
+    if max(span.stop for span in spans) > num_layers:
         raise AdapterError(
-            f"no layer from {first} on has {', '.join(config.targets)}",
-            wanted="a module to adapt",
-            do="raise num_layers, or change lora_targets",
+            f"lora_layers is {config.layers}",
+            wanted=f"the model's layers, 0 to {num_layers - 1}",
+            do="change lora_layers",
         )
-    return modules
+    return sorted({index for span in spans for index in span})
 
 
 def settings_of(config: LoraConfig, module: Module) -> tuple[int, float]:

@@ -39,7 +39,7 @@ _GROUPS = [part.group for part in _PARTS]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    (settings, data_config, config, lora), of_lora = _settings(arguments)
+    settings, data_config, config, lora, of_lora = _settings(arguments)
 
     from ..export.fuse import with_quantized_model
     from .folder import claim
@@ -144,8 +144,8 @@ def _tell(summary: Mapping[str, Any], prompt: str, quantize: list[str], verbose:
     print(f"try it: python -m mlx_gemma4.generate {shlex.join(words)}")
 
 
-def _settings(arguments: list[str] | None) -> tuple[tuple[Any, ...], list[str]]:
-    """The settings by group, and which of LoRA were given."""
+def _settings(arguments: list[str] | None) -> tuple[Any, ...]:
+    """The settings of each group, and the keys of LoRA's that were given."""
     values = read_arguments(
         "mlx_gemma4.train",
         __doc__,
@@ -180,7 +180,7 @@ def _settings(arguments: list[str] | None) -> tuple[tuple[Any, ...], list[str]]:
             wanted="a folder with train.jsonl, or a .jsonl file",
             do="give --data",
         )
-    return build(_GROUPS, values, "the flags"), of_lora
+    return *build(_GROUPS, values, "the flags"), of_lora
 
 
 def _over(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

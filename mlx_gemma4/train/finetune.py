@@ -21,7 +21,7 @@ from ..data.dataset import Dataset
 from ..data.example import Examples
 from ..errors import DataError, TrainingError
 from ..gemma import Gemma4
-from ..lora.attach import adapted_modules
+from ..lora.attach import adapted_modules, router_risk
 from ..model.names import flat
 from ..nn.batch import StepOptions
 from ..objectives import Objective
@@ -90,9 +90,8 @@ def finetune(
     total = _total_steps(order, config)
     optimizer = make_optimizer(config, total, gemma.backbone.trainable_parameters())
     layers, memory, note = run_memory(gemma, data.train, config, order, optimizer, objective)
-    run = Run(
-        gemma, [note, *filter(None, data.facts.prompts)], output=output.path if output else None
-    )
+    notes = [note, *filter(None, [router_risk(gemma.backbone), *data.facts.prompts])]
+    run = Run(gemma, notes, output=output.path if output else None)
     checkpoints, progress = _checkpoints(run, data, config, optimizer, output)
     listeners = [Console()] * console + [*callbacks]
     if output:
