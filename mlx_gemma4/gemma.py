@@ -114,9 +114,14 @@ class Gemma4:
         """The architecture."""
         return self.loaded.plan
 
-    def logits(self, tokens_BT: mx.array) -> mx.array:
-        """Logits (B, T, V), float32, of token ids (B, T), through the training forward."""
-        return logits(self, forward(self, Batch.of_prompt(tokens_BT).with_ple_rows(self)))
+    def logits(self, tokens_BT: mx.array, **media: Any) -> mx.array:
+        """Logits (B, T, V), float32, of token ids (B, T), through the training forward.
+
+        Args:
+            media: as in `Batch.from_tokens`.
+        """
+        batch = Batch.of_prompt(tokens_BT, **media).with_ple_rows(self)
+        return logits(self, forward(self, batch))
 
     def ple_rows(self, tokens_BT: mx.array) -> mx.array | None:
         """Rows (B, T, L, P) of the PLE table, read from disk; None for members without one."""
@@ -140,13 +145,16 @@ class Gemma4:
         self.lora = lora
         return adapted_modules(self.backbone)
 
-    def train_all(self) -> None:
-        """Let every weight of the language model train, but no buffer, encoder or PLE table.
+    def train_all(self, *, encoders: bool = False) -> None:
+        """Let every weight of the language model train, but no buffer or PLE table.
+
+        Args:
+            encoders: those of the encoders and projectors too.
 
         Raises:
             ModelError: quantized weights, which have no gradient.
         """
-        text = text_model(self.backbone)
+        text = self.backbone if encoders else text_model(self.backbone)
         if any("scales" in module for module in text.modules()):
             wanted = "full precision: quantized weights have no gradient"
             do = "train LoRA, or load the original checkpoint"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -150,9 +152,47 @@ def _exchange(one: Path, other: Path) -> None:
 def _to_disk(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        if hasattr(fcntl, "F_FULLFSYNC"):  # macOS, whose fsync stops at the drive's own cache
+            fcntl.fcntl(handle, fcntl.F_FULLFSYNC)
+        else:
+            os.fsync(handle)
     finally:
         os.close(handle)
+
+
+_HASHES = "hashes.json"
+
+
+def write_hashes(folder: Path) -> None:
+    """Write hashes.json, by which `damaged_files` knows the files that a folder holds now."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != _HASHES)
+    found = {str(path.relative_to(folder)): hash_file(path) for path in files}
+    write_text(folder / _HASHES, json.dumps(found, indent=2) + "\n")
+
+
+def damaged_files(folder: Path) -> list[str]:
+    """The files of a folder that are not as `write_hashes` saw them, or are gone."""
+    try:
+        hashes = dict(read_json(folder / _HASHES))
+    except (OSError, ValueError, TypeError):
+        hashes = {}
+
+    def is_whole(name: str) -> bool:
+        try:
+            return hash_file(folder / name) == hashes[name]
+        except (OSError, ValueError):
+            return False
+
+    return [name for name in hashes if not is_whole(name)] if hashes else [_HASHES]
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file's content: gigabytes take seconds, and no change escapes it."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while piece := file.read(1 << 22):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def cache_folder(name: str = "") -> Path:

@@ -32,6 +32,8 @@ OWN_VALUES = {
     "lora_layers": "0-9,20",
     "lora_plus_ratio": 16.0,
     "rematerialize": "none",
+    "resume": "auto",
+    "report_to": ["wandb", "trackio"],
     "min_learning_rate": 5e-5,
 }
 BESIDE = {"weight_decay": {"optimizer": "adamw"}}
@@ -57,7 +59,7 @@ def from_yaml(tmp_path, text: str):
 
 def test_defaults():
     run, data, train, lora = build(GROUPS, {}, "nothing")
-    assert (run.model, run.data, run.output, run.resume) == (None, None, None, False)
+    assert (run.model, run.data, run.output, run.resume) == (None, None, None, None)
     assert (data.train_on, data.max_seq_length, data.overlong) == ("assistant", 2048, "skip")
     assert (train.fine_tune_type, train.iters, train.epochs) == ("lora", None, None)
     assert (train.batch_size, train.grad_accumulation_steps) == (1, 1)
@@ -119,7 +121,7 @@ def test_a_lora_field_without_its_prefix_is_unknown(tmp_path):
         ("learning_rate: [1]", "a number"),
         ("learning_rate: null", "a number"),
         ("packing: 1", "true or false"),
-        ("resume: 'yes'", "true or false"),
+        ("resume: 'yes'", "one of always, auto"),
         ("train_on: everything", "one of assistant, last, all, completion"),
         ("train_on: [last]", "one of assistant, last, all, completion"),
         ("fine_tune_type: dora", "one of lora, full"),
@@ -318,7 +320,7 @@ def test_iters_and_epochs_exclude_each_other_without_a_model_too():
 
 def test_flatten_and_build_are_a_round_trip():
     settings = (
-        RunConfig(model="m", data="d", output="o", resume=True),
+        RunConfig(model="m", data="d", output="o", resume="auto"),
         DataConfig(train_on="last", max_seq_length=77, overlong="skip"),
         TrainConfig(epochs=1.5, batch_size=3, learning_rate=3e-5, lr_schedule="cosine"),
         LoraConfig(rank=3, alpha=4.5, dropout=0.25, targets=("experts", "o_proj"), num_layers=2),

@@ -28,7 +28,7 @@ STEPS = [
     {"lora"},
     {"gemma"},
     {"data", "objectives"},
-    {"export"},
+    {"export", "report"},
     {"train"},
     {"commands"},
 ]
@@ -316,5 +316,5 @@ def test_main_lists_the_commands(capsys):
 
     main()
     printed = capsys.readouterr().out
-    for command in ("train", "generate", "export", "fit", "data"):
+    for command in ("train", "generate", "export", "fit", "data", "report"):
         assert f"python -m mlx_gemma4.{command}" in printed

@@ -1,6 +1,13 @@
 """The settings of runs and commands, each declared once (schema.py)."""
 
-from .commands import ExportConfig, FitConfig, GenerateConfig, RunConfig, ShowConfig
+from .commands import (
+    ExportConfig,
+    FitConfig,
+    GenerateConfig,
+    ReportConfig,
+    RunConfig,
+    ShowConfig,
+)
 from .data import DataConfig
 from .lora import LoraConfig
 from .schema import Part, build, flatten, read_arguments, read_yaml
@@ -13,6 +20,7 @@ __all__ = [
     "GenerateConfig",
     "LoraConfig",
     "Part",
+    "ReportConfig",
     "RunConfig",
     "ShowConfig",
     "TrainConfig",

@@ -44,8 +44,11 @@ class RunConfig(Settings):
         "choose settings that fit a memory, such as 16GB: rematerialize, then batch_size, "
         "then max_seq_length",
     )
-    resume: bool = setting(
-        False, "go on with the run in the output folder, with its settings; no other flag is needed"
+    resume: Literal["always", "auto"] | None = setting(
+        None,
+        "go on with the run in the output folder, or without one the newest in runs/, with its "
+        "settings; no other flag is needed. auto: start if there is none",
+        bare="always",
     )
 
 
@@ -79,6 +82,9 @@ class ExportConfig(Settings):
     source: str | None = setting(
         None, "the output folder of a run, or an adapter of ours, mlx-lm, mlx-vlm or PEFT"
     )
+    which: str = setting(
+        "last", "of a run: the checkpoint last, best (by validation loss) or step-N"
+    )
     format: str = setting("mlx-lm", "which library the export is for")
     verify: bool = setting(True, "load the export in that library and compare logits")
     push: str | None = setting(None, "upload it to the Hub as USER/NAME, private by default")
@@ -107,3 +113,10 @@ class ShowConfig(Settings):
     show: int = setting(0, "print the first N examples", at_least=0)
     html: str | None = setting(None, "write the same as a page, with examples")
     json: bool = setting(False, "print the figures as JSON")
+
+
+@dataclass(frozen=True)
+class ReportConfig(Settings):
+    """`python -m mlx_gemma4.report`."""
+
+    runs: Sequence[str] | None = setting(None, "output folders of runs, such as runs/*")

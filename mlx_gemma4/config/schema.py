@@ -31,14 +31,16 @@ def setting(
     at_least: float | None = None,
     above: float | None = None,
     at_most: float = math.inf,
+    bare: str | None = None,
 ) -> Any:
     """A field of `Settings`, with its line for --help.
 
     Args:
         prefix: stands before the name outside Python: `rank` is `lora_rank`.
         at_least, above, at_most: bounds of a number, the second one exclusive.
+        bare: what the flag means that is given without a value.
     """
-    bounds = {"at_least": at_least, "above": above, "at_most": at_most}
+    bounds = {"at_least": at_least, "above": above, "at_most": at_most, "bare": bare}
     return field(default=default, metadata={"help": help, "prefix": prefix, **bounds})
 
 
@@ -247,6 +249,8 @@ def _add_flags(parser: argparse.ArgumentParser, part: Part) -> None:
             options["action"] = argparse.BooleanOptionalAction
         elif origin is Literal:
             options.update(choices=choices, type=type(choices[0]))
+            if bare := item.metadata["bare"]:
+                options.update(nargs="?", const=bare)
         elif origin is Sequence:
             options.update(nargs="+", metavar="TEXT")
         elif origin in (tuple, Mapping):

@@ -8,6 +8,8 @@ from typing import Literal
 from ..errors import ConfigError
 from .schema import Settings, setting, wrong
 
+_SERVICES = ("tensorboard", "wandb", "trackio", "swanlab")
+
 
 @dataclass(frozen=True)
 class TrainConfig(Settings):
@@ -66,6 +68,24 @@ class TrainConfig(Settings):
     val_batches: int | None = setting(None, "batches of an evaluation; default: all", at_least=1)
     save_every: int = setting(100, "steps between checkpoints", at_least=1)
     keep_checkpoints: int = setting(2, "newest checkpoints to keep, beside the best", at_least=1)
+    on_nonfinite: Literal["stop", "skip"] = setting(
+        "stop",
+        "a loss or gradient that is not finite changes no weight; save a report and stop, or go on",
+    )
+    sample_prompts: str | None = setting(
+        None,
+        "a file of prompts, a line each (.jsonl: prompt or messages), answered at each evaluation "
+        "and kept in report.html",
+    )
+    report_to: tuple[str, ...] = setting(
+        (), "send figures to tensorboard, wandb, trackio or swanlab too"
+    )
+    max_minutes: float | None = setting(
+        None, "save and stop after so many; time asleep does not count", above=0.0
+    )
+    patience: int | None = setting(
+        None, "save and stop after so many evaluations without a lower validation loss", at_least=1
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -84,6 +104,8 @@ class TrainConfig(Settings):
                 wanted="LoRA or full fine-tuning",
                 do="leave out lora_plus_ratio, or set fine_tune_type lora",
             )
+        if unknown := sorted({*self.report_to} - {*_SERVICES}):
+            raise wrong("report_to", ", ".join(unknown), "some of " + ", ".join(_SERVICES))
         if self.min_learning_rate > self.learning_rate:
             most = f"at most learning_rate, {self.learning_rate}"
             raise wrong("min_learning_rate", self.min_learning_rate, most)

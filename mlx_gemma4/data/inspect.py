@@ -21,7 +21,7 @@ _GREEN, _DIM, _END = "\x1b[32m", "\x1b[2m", "\x1b[0m"
 _CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
 """Control characters as their pictures: a terminal must not obey what data says."""
 
-_STYLE = """
+STYLE = """
 .g4 { font: 14px/1.5 ui-monospace, Menlo, Consolas, monospace; white-space: pre-wrap;
       overflow-wrap: anywhere; border: 1px solid #8886; border-radius: 6px; padding: 10px 12px;
       margin: 6px 0 18px; }
@@ -196,16 +196,21 @@ class Shown:
         spans = []
         for text, target, special in self.pieces:
             names = " ".join(filter(None, ["target" * target, "special" * special]))
-            safe = html.escape(text.translate(_CONTROLS))
+            safe = safe_html(text)
             spans.append(f'<span class="{names}">{safe}</span>' if names else safe)
-        head = f'<div class="head">{html.escape(self.title)}</div>'
+        head = f'<div class="head">{safe_html(self.title)}</div>'
         return f'<div class="g4">{head}{"".join(spans)}</div>'
 
     def __repr__(self) -> str:
         return self.text()
 
     def _repr_html_(self) -> str:
-        return f"<style>{_STYLE}</style>{self.html()}"
+        return f"<style>{STYLE}</style>{self.html()}"
+
+
+def safe_html(text: str) -> str:
+    """Text that a page may hold: escaped, with control characters as their pictures."""
+    return html.escape(text.translate(_CONTROLS))
 
 
 def page(figures: dict[str, Any], shown: Iterable[Shown]) -> str:
@@ -213,12 +218,12 @@ def page(figures: dict[str, Any], shown: Iterable[Shown]) -> str:
 
     It needs nothing from elsewhere, holds no script, and forbids its browser to fetch or run any.
     """
-    told = html.escape(report(figures).translate(_CONTROLS))
+    told = safe_html(report(figures))
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{html.escape(figures["source"])}</title><style>{_PAGE_STYLE}{_STYLE}</style></head><body>
+<title>{html.escape(figures["source"])}</title><style>{_PAGE_STYLE}{STYLE}</style></head><body>
 <pre>{told}</pre>
 <p class="g4" style="border:0;padding:0"><span class="target">targets</span> \
 <span class="special">&lt;special tokens&gt;</span></p>

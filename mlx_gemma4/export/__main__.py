@@ -21,6 +21,7 @@ from ..errors import ConfigError, run_command
 from ..gemma import load
 from ..lora.state import adapter_folder, base_model_of
 from ..model.quantize import Policy
+from ..train.checkpoint import Checkpoints
 from . import export, require_format
 from .hub import push_folder, require_repo_id, require_token, upload_files
 
@@ -31,7 +32,10 @@ _OF_A_FUSED_MODEL = ("quantize", "group_size", "floor", "force")
 def main(arguments: list[str] | None = None) -> None:
     run, given, options = _settings(arguments)
     source, output = Path(given.source or "").expanduser(), Path(run.output or "").expanduser()
-    adapter = adapter_folder(source)
+    if given.which == "last":
+        adapter = adapter_folder(source)
+    else:
+        adapter = Checkpoints(source, 1, {}).named(given.which)
     model = run.model or base_model_of(adapter)
     if output.resolve() in [Path(path).resolve() for path in (source, adapter, model)]:
         raise ConfigError(

@@ -59,8 +59,8 @@ class Proof:
         if self.by is None:
             return f"{counted} keep the format's rules; not run: {self.why_not}"
         return (
-            f"{counted}, loaded by {self.by}, largest logit difference {self.difference:.1e}, "
-            f"moved by {self.moved_by:.3g}"
+            f"{counted}, loaded by {self.by}: logits within {self.difference:.1e} of the trained "
+            f"model's, up to {self.moved_by:.3g} from the base's"
         )
 
 

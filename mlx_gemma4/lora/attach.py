@@ -7,7 +7,7 @@ for expert weights.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,10 +18,20 @@ from mlx.utils import tree_unflatten
 
 from ..config import LoraConfig
 from ..errors import AdapterError
-from ..model.names import EXPERTS, ROUTER, Module, flat, is_meant, lm_head, text_model
+from ..model.names import (
+    ENCODERS,
+    EXPERTS,
+    ROUTER,
+    Module,
+    flat,
+    is_meant,
+    lm_head,
+    text_model,
+)
 from ..model.plan import Plan
 from ..model.targets import settings_of
 from ..nn.dropout import KeyedDropout
+from .targets import parts
 
 
 def attach_lora(backbone: nn.Module, modules: Sequence[Module], config: LoraConfig) -> None:
@@ -33,23 +43,23 @@ def attach_lora(backbone: nn.Module, modules: Sequence[Module], config: LoraConf
         AdapterError: DoRA on experts, or a pattern that means none of the modules.
     """
     _require_meaning(modules, config)
-    for index, layer in enumerate(text_model(backbone).layers):
+    for index, part, named in parts(backbone):
         wrapped = []
-        for path, module in layer.named_modules():
+        for path, module in named.items():
             if (index, path) in modules:
                 rank, scale = settings_of(config, (index, path))
                 lora = _lora_layer(module, config).from_base(module, r=rank, scale=scale)
                 if config.dropout:
                     lora.dropout = KeyedDropout(config.dropout)
                 wrapped.append((path, lora))
-        layer.update_modules(tree_unflatten(wrapped))
+        part.update_modules(tree_unflatten(wrapped))
     backbone.eval()
 
 
 def lora_layers(backbone: nn.Module) -> Iterator[tuple[int, str, Any]]:
     """Every module that carries LoRA: layer index, path within the layer, and the module."""
-    for index, layer in enumerate(text_model(backbone).layers):
-        for path, module in layer.named_modules():
+    for index, _, named in parts(backbone):
+        for path, module in named.items():
             if "lora_a" in module:
                 yield index, path, module
 
@@ -72,15 +82,15 @@ def router_risk(backbone: nn.Module) -> str | None:
 @contextmanager
 def without_lora(backbone: nn.Module) -> Iterator[None]:
     """The backbone as it was before LoRA, for as long as the block runs."""
-    layers = text_model(backbone).layers
+    owners = {index: part for index, part, _ in parts(backbone)}
     wrapped = list(lora_layers(backbone))
     try:
         for index, path, module in wrapped:
-            layers[index].update_modules(tree_unflatten([(path, module.linear)]))
+            owners[index].update_modules(tree_unflatten([(path, module.linear)]))
         yield
     finally:
         for index, path, module in wrapped:
-            layers[index].update_modules(tree_unflatten([(path, module)]))
+            owners[index].update_modules(tree_unflatten([(path, module)]))
 
 
 def _require_meaning(modules: Sequence[Module], config: LoraConfig) -> None:
@@ -180,11 +190,16 @@ def updates_of(backbone: nn.Module, plan: Plan) -> dict[str, Update]:
     LoRA and DoRA layers where it has them; else every weight of its language model.
     """
     if found := low_rank_updates(backbone):
-        return {f"layers.{index}.{path}.weight": u for (index, path), u in found.items()}
+        return {f"{_inner(module)}.weight": update for module, update in found.items()}
     weights = flat(text_model(backbone).parameters())
     if not plan.tied:
         weights["lm_head.weight"] = lm_head(backbone).weight
     return {name: Whole(value) for name, value in weights.items()}
+
+
+def _inner(module: Module) -> str:
+    index, path = module
+    return path if index == ENCODERS else f"layers.{index}.{path}"
 
 
 def low_rank_updates(backbone: nn.Module) -> dict[Module, LowRank]:
@@ -196,6 +211,19 @@ def low_rank_updates(backbone: nn.Module) -> dict[Module, LowRank]:
             a, b = a.T, b.T
         found[index, path] = LowRank(a, b, float(module.scale), module.get("m"))
     return dict(sorted(found.items()))
+
+
+def require_text(modules: Iterable[Module], library: str) -> None:
+    """Refuse LoRA on encoders where it is written for a library that has none, or other names.
+
+    Raises:
+        AdapterError: one of the modules is of an encoder.
+    """
+    inside = [path for index, path in modules if index == ENCODERS]
+    if inside:
+        found = f"the adapter is on {len(inside)} modules of encoders, such as {inside[0]}"
+        wanted = f"one of the language model alone for {library}"
+        raise AdapterError(found, wanted=wanted, do="export for mlx-vlm (--format mlx-vlm)")
 
 
 def require_effect(backbone: nn.Module, where: str) -> None:

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import mlx.nn as nn
 
 from ..config import LoraConfig
-from ..model.names import Module, text_model, text_prefix
+from ..model.names import ENCODERS, Module, text_model, text_prefix
 from ..model.targets import chosen_modules
+
+_IN_ENCODERS = re.compile(
+    r"(vision_tower|audio_tower)\.(encoder\.)?layers\..+\.linear"
+    r"|vision_embedder\.patch_dense|embed_(vision|audio)\.embedding_projection"
+)
+"""Of encoders the linear within each clippable one, and the projectors.
+
+The rest is read past its module in mlx-vlm: an adapter there would have no effect, or fail.
+"""
 
 
 def resolve_targets(backbone: nn.Module, config: LoraConfig) -> list[Module]:
@@ -22,16 +32,27 @@ def adaptable_modules(backbone: nn.Module) -> dict[Module, tuple[int, ...]]:
 
     The shape is (out, in), of experts (E, out, in), quantized or not, adapted or not.
     """
-    return {
-        (index, path.removesuffix(".linear")): _weight_shape(module)
-        for index, layer in enumerate(text_model(backbone).layers)
-        for path, module in layer.named_modules()
-        if _is_linear(module)
-    }
+    found = {}
+    for index, _, modules in parts(backbone):
+        for path, module in modules.items():
+            inner = module.linear if "lora_a" in module else module
+            if _is_linear(inner) and "lora_a" not in modules.get(path.rpartition(".")[0], ()):
+                found[index, path] = _weight_shape(inner)
+    return found
+
+
+def parts(backbone: nn.Module) -> Iterator[tuple[int, nn.Module, dict[str, Any]]]:
+    """Each layer of the language model with its modules by path; last, those of encoders."""
+    for index, layer in enumerate(text_model(backbone).layers):
+        yield index, layer, dict(layer.named_modules())
+    named = backbone.named_modules()
+    yield ENCODERS, backbone, {path: m for path, m in named if _IN_ENCODERS.fullmatch(path)}
 
 
 def module_name(backbone: nn.Module, module: Module) -> str:
     """A module's whole path in the backbone, such as `model.layers.3.self_attn.q_proj`."""
+    if module[0] == ENCODERS:
+        return module[1]
     return f"{text_prefix(backbone)}layers.{module[0]}.{module[1]}"
 
 

@@ -27,7 +27,7 @@ PLE_TABLE = "embed_tokens_per_layer"
 
 _TEXT_PREFIXES = ("model.language_model.", "language_model.model.")
 _LAYER = re.compile(r"layers\.(\d+)\.self_attn\.(\w+)\.(?:weight|bias|scales|biases|lora_[ab]|m)")
-_BUFFER = re.compile(r"(^|\.)(layer_scalar|(input|output)_(min|max))$")
+_BUFFER = re.compile(r"(^|\.)(layer_scalar|(input|output)_(min|max)|std_(bias|scale))$")
 
 
 def text_model(backbone: Any) -> Any:
@@ -87,7 +87,8 @@ def is_dead(inner: str, plan: Plan) -> bool:
 
 
 def is_frozen_buffer(name: str) -> bool:
-    """Whether a parameter in MLX is a buffer in transformers: layer scalars, clip bounds."""
+    """Whether a parameter in MLX is a buffer in transformers: layer scalars, clip bounds,
+    statistics of images."""
     return bool(_BUFFER.search(name))
 
 
@@ -109,7 +110,12 @@ def split_experts(inner: str) -> Iterable[str]:
 # ---------------------------------------------------------------- words for the modules of a layer
 
 Module = tuple[int, str]
-"""A module that LoRA can adapt: layer index, and path within the layer."""
+"""A module that LoRA can adapt: layer index, and path within the layer.
+
+Modules of encoders and projectors have the index ENCODERS, and their whole path.
+"""
+
+ENCODERS = -1
 
 ATTENTION = tuple(f"self_attn.{name}_proj" for name in "qkvo")
 MLP = tuple(f"mlp.{name}_proj" for name in ("gate", "up", "down"))
@@ -128,9 +134,12 @@ _SHORT = {path.rpartition(".")[2]: path for path in (*ATTENTION, *MLP)}
 def is_meant(module: Module, word: str) -> bool:
     """Whether a word of lora_targets or a pattern means a module.
 
-    The router is meant by its own path alone.
+    The router is meant by its own path alone; encoders by a path or the beginning of one:
+    `vision_tower`, `embed_audio`.
     """
     index, path = module
+    if index == ENCODERS:
+        return path == word or path.startswith(word + ".")
     if word == ALL_LINEAR:
         return path != ROUTER
     if word in PRESETS:

@@ -17,6 +17,7 @@ from ..storage import read_json
 SLIDING, FULL = "sliding_attention", "full_attention"
 MULTIMODAL_TYPES = ("gemma4", "gemma4_unified")
 TEXT_TYPES = ("gemma4_text", "gemma4_unified_text")
+MEDIA = ("image", "video", "audio")
 _ENCODERS = {
     "vision_config": ("vision_embedder", "vision_tower", "embed_vision", "multi_modal_projector"),
     "audio_config": ("audio_tower", "embed_audio"),
@@ -88,6 +89,8 @@ class Plan:
         bidirectional: None, or "vision": tokens of one image see each other.
         softcap: logits are softcap * tanh(logits / softcap); None is no cap.
         encoders: names of the parts beside the language model, as checkpoints prefix them.
+        media_tokens: the token ids of images, videos and audio in a text, by kind.
+        pad_token: what per-layer embeddings take media tokens for.
     """
 
     model_type: str
@@ -104,6 +107,8 @@ class Plan:
     ple: PlePlan | None
     moe: MoePlan | None
     encoders: tuple[str, ...]
+    media_tokens: Mapping[str, int]
+    pad_token: int
 
     @property
     def kv_sources(self) -> frozenset[int]:
@@ -176,6 +181,8 @@ class Plan:
             ple=ple,
             moe=moe,
             encoders=_encoders(config) if multimodal else (),
+            media_tokens=_media_tokens(config) if multimodal else {},
+            pad_token=text.get("pad_token_id") or 0,
         )
 
 
@@ -310,6 +317,11 @@ def _kv_sources(kinds: list[str], num_shared: int) -> list[int]:
 
 def _encoders(config: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(name for key, names in _ENCODERS.items() if config.get(key) for name in names)
+
+
+def _media_tokens(config: Mapping[str, Any]) -> dict[str, int]:
+    ids = {kind: config.get(f"{kind}_token_id") for kind in MEDIA}
+    return {kind: number for kind, number in ids.items() if number is not None}
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..config import LoraConfig
 from ..errors import AdapterError
-from .names import ALL_LINEAR, PRESETS, Module, is_meant
+from .names import ALL_LINEAR, ENCODERS, PRESETS, Module, is_meant
 
 
 def chosen_modules(config: LoraConfig, known: Collection[Module], num_layers: int) -> list[Module]:
@@ -17,7 +17,8 @@ def chosen_modules(config: LoraConfig, known: Collection[Module], num_layers: in
     module of `known` but the router), a short name (`q_proj` ... `down_proj`: attention and dense
     MLP), any path within a layer, or one module by its whole path, `layers.3.self_attn.q_proj`.
     Layers that share keys and values have no k_proj and v_proj; there the target is met by the
-    other layers.
+    other layers. Encoders are adapted by their own names only: `vision_tower`, `audio_tower`, their
+    projectors `embed_vision` and `embed_audio`, or any path that begins with one.
 
     Args:
         num_layers: how many the model has.
@@ -31,13 +32,14 @@ def chosen_modules(config: LoraConfig, known: Collection[Module], num_layers: in
             raise AdapterError(
                 f"LoRA target {target!r} matches no module of the layers",
                 wanted=f"one of {', '.join([*PRESETS, ALL_LINEAR])}, or of "
-                + ", ".join(sorted({path for _, path in known})),
+                + ", ".join(sorted({*map(_word, known)})),
                 do="change lora_targets",
             )
     modules = [
         module
         for module in known
-        if module[0] in layers and any(is_meant(module, target) for target in config.targets)
+        if (module[0] in layers or module[0] == ENCODERS)
+        and any(is_meant(module, target) for target in config.targets)
     ]
     if not modules:
         raise AdapterError(
@@ -46,6 +48,11 @@ def chosen_modules(config: LoraConfig, known: Collection[Module], num_layers: in
             do="name other layers, or change lora_targets",
         )
     return modules
+
+
+def _word(module: Module) -> str:
+    index, path = module
+    return path.split(".")[0] if index == ENCODERS else path
 
 
 def chosen_layers(config: LoraConfig, num_layers: int) -> list[int]:

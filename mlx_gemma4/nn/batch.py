@@ -9,10 +9,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
+import numpy as np
 
 from ..errors import DataError
+from .media import Media
 
 if TYPE_CHECKING:
+    from ..model.plan import Plan
     from ..model.ple import GatheredRows
 
 _RENAMED = {"targets_BT": "targets_R", "weights_BT": "weights_R", "rows_R": "positions_R"}
@@ -38,6 +41,7 @@ class Batch:
         images_BT: image number of each position, -1 for text; None is text only.
         largest_image: no image has more positions; None is no bound.
         ple_BTLP: rows of the table of per-layer embeddings (PLE) for the tokens, or None.
+        media: inputs of the encoders, or None.
     """
 
     tokens_BT: mx.array
@@ -50,9 +54,22 @@ class Batch:
     images_BT: mx.array | None = None
     largest_image: int | None = None
     ple_BTLP: mx.array | None = None
+    media: Media | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.media, dict):
+            object.__setattr__(self, "media", Media(**self.media))
 
     @classmethod
-    def from_tokens(cls, tokens_BT: Any, weights_BT: Any = None, segments_BT: Any = None) -> Batch:
+    def from_tokens(
+        cls,
+        tokens_BT: Any,
+        weights_BT: Any = None,
+        segments_BT: Any = None,
+        *,
+        mm_token_type_ids: Any = None,
+        **media: Any,
+    ) -> Batch:
         """A batch of T - 1 next-token predictions from T tokens a row.
 
         Args:
@@ -61,6 +78,9 @@ class Batch:
                 column has no effect, since nothing stands before it.
             segments_BT: (B, T), a number for the sequence of every token in packed rows. The
                 first token of a sequence is never a target.
+            mm_token_type_ids: (B, T), 1 for images and 2 for videos: their positions attend to
+                each other in members that have it so. Without it they do not, as in transformers.
+            media: pixel_values, image_position_ids, input_features and more, as in `Media`.
 
         Raises:
             DataError: arrays of other shapes.
@@ -92,30 +112,60 @@ class Batch:
             weights.flatten(),
             mx.cumsum(starts.flatten().astype(mx.int32)) - 1,
             segments_BT=segments,
+            media=Media.of(**media),
+            **_images(mm_token_type_ids, tokens, T),
         )
 
     @classmethod
-    def of_prompt(cls, tokens_BT: Any) -> Batch:
-        """Token ids (B, T) to run through the model, with nothing to predict."""
-        none = mx.zeros((0,), mx.int32)
-        return cls(mx.array(tokens_BT), none, mx.zeros((0,)), none, none)
+    def of_prompt(cls, tokens_BT: Any, *, mm_token_type_ids: Any = None, **media: Any) -> Batch:
+        """Token ids (B, T) to run through the model, with nothing to predict.
+
+        Media are as in `from_tokens`.
+        """
+        tokens, none = mx.array(tokens_BT), mx.zeros((0,), mx.int32)
+        images = _images(mm_token_type_ids, tokens, tokens.shape[1])
+        return cls(tokens, none, mx.zeros((0,)), none, none, media=Media.of(**media), **images)
 
     def with_ple_rows(self, gemma: Any, gathered: GatheredRows | None = None) -> Batch:
-        """The batch with the PLE rows of its tokens, where this family member has any.
+        """The batch with what only the model knows, ready for a compiled step.
+
+        That is the PLE rows of its tokens, where this family member has any, and the places of
+        its media.
 
         Args:
             gemma: a `Gemma4`.
             gathered: the rows, if they have been read already.
+
+        Raises:
+            CapabilityError: media, and a model without their encoder.
+            DataError: more or fewer media in the rows than there are inputs.
         """
+        batch = self
+        if self.media is not None:
+            media = self.media.placed(gemma.backbone, gemma.plan, self.tokens_BT)
+            batch = replace(self, media=media)
         if self.ple_BTLP is not None or gemma.loaded.ple_rows is None:
-            return self
+            return batch
         if gathered is None:
-            gathered = gemma.loaded.ple_rows.gather(self.tokens_BT)
-        return replace(self, ple_BTLP=gemma.loaded.ple_rows.unpack(gathered))
+            gathered = gemma.loaded.ple_rows.gather(self.table_tokens(gemma.plan))
+        return replace(batch, ple_BTLP=gemma.loaded.ple_rows.unpack(gathered))
+
+    def table_tokens(self, plan: Plan) -> mx.array | np.ndarray:
+        """The tokens whose PLE rows are read: media have the row of padding, as in transformers."""
+        if self.media is None:
+            return self.tokens_BT
+        tokens = np.asarray(self.tokens_BT)
+        return np.where(np.isin(tokens, list(plan.media_tokens.values())), plan.pad_token, tokens)
+
+    def after(self, done: list[mx.array]) -> Batch:
+        """The same batch, whose pass begins when `done` is computed."""
+        media = self.media and self.media.after(done)
+        return replace(self, tokens_BT=mx.depends(self.tokens_BT, done), media=media)
 
     def fields(self) -> dict[str, Any]:
         """What `Batch(**fields)` is made from: arrays, and the numbers that decide shapes."""
-        return {k: v for k, v in vars(self).items() if v is not None}
+        fields = {k: v for k, v in vars(self).items() if v is not None}
+        return fields if self.media is None else {**fields, "media": self.media.fields()}
 
     def per_sequence(self, values_R: mx.array) -> mx.array:
         """Sums of a value of each target over its sequence: (R,), zero past the last sequence.
@@ -139,9 +189,25 @@ def _like_tokens(what: str, array: mx.array, tokens: mx.array) -> mx.array:
         raise DataError(
             f"{what} of shape {array.shape} for tokens of shape {tokens.shape}",
             wanted="one for every token",
-            do=f"pass {what}_BT of the same shape as tokens_BT",
+            do=f"pass {what} of the same shape as the tokens",
         )
     return array
+
+
+def _images(mm_token_type_ids: Any, tokens: mx.array, T: int) -> dict[str, Any]:
+    """Image numbers of the first T positions, from transformers' token types.
+
+    Neighbours that are of an image or a video frame belong to the same one.
+    """
+    if mm_token_type_ids is None:
+        return {}
+    types = np.array(_like_tokens("mm_token_type_ids", mx.array(mm_token_type_ids), tokens))[:, :T]
+    seen = (types == 1) | (types == 2)
+    numbers = np.cumsum(np.diff(seen, axis=1, prepend=False) & seen, axis=1) - 1
+    if not seen.any():
+        return {}
+    largest = max(int(np.bincount(row[there]).max(initial=0)) for row, there in zip(numbers, seen))
+    return {"images_BT": mx.array(np.where(seen, numbers, -1)), "largest_image": largest}
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from .batch import Batch, StepOptions
 from .dropout import draw_keys, set_keys
 from .linear import linear
 from .mask import AttentionMask
+from .media import with_media
 from .remat import in_pieces, rematerialized, with_parameters
 
 KV = tuple[mx.array, mx.array]
@@ -61,6 +62,9 @@ def forward(gemma: Model, batch: Batch, options: StepOptions = StepOptions()) ->
     """
     text, plan = text_model(gemma.backbone), gemma.plan
     hidden_BTD = text.embed_tokens(batch.tokens_BT) * plan.hidden_size**0.5
+    if batch.media is not None:
+        how = {"remat": options.remat_layers > 0, "method": options.attention, "key": options.key}
+        hidden_BTD = with_media(gemma.backbone, batch.media, hidden_BTD, **how)
     inputs = _per_layer_inputs(text, plan, hidden_BTD, batch.ple_BTLP)
     masks = _masks(plan, batch)
     positions_BT = None if batch.segments_BT is None else _positions(batch.segments_BT)

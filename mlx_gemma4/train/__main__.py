@@ -45,11 +45,11 @@ def main(arguments: list[str] | None = None) -> None:
     from .folder import claim
     from .run import Run
 
-    with claim(settings.output, settings.resume) as folder:
+    with claim(settings.output, settings.resume or False) as folder:
         settings = with_quantized_model(settings)
         own = config.fine_tune_type == "lora" and settings.init_from is None
         of_run = flatten(settings, data_config, config, *[lora] * own)
-        if not settings.resume:
+        if not folder.resumed:
             folder.note({key: of_run[key] for key in of_run if key not in ("output", "resume")})
         try:
             _train(folder, settings, data_config, config, lora, of_lora)
@@ -71,8 +71,14 @@ def _train(
     from ..gemma import load
     from ..memory.choose import fit_settings
     from . import embedded
+    from .evaluate import read_prompts
     from .finetune import finetune
+    from .loggers import make_loggers
 
+    # What is wrong with these shows before gigabytes are read.
+    make_loggers(config.report_to, {})
+    if config.sample_prompts:
+        read_prompts(config.sample_prompts)
     model, data_folder = settings.model, settings.data
     own = model in (None, str(embedded.model_folder()))
     if own:
@@ -129,6 +135,8 @@ def _tell(summary: Mapping[str, Any], prompt: str, quantize: list[str], verbose:
     """What came of the run; `quantize` is how generate loads the same model."""
     if summary["val_loss"] is not None:
         print(f"validation loss: {summary['val_loss_before']:.3f} -> {summary['val_loss']:.3f}")
+    if summary["best_step"] not in (None, summary["steps"]):
+        print(f"lowest at step {summary['best_step']}: export it with --which best")
     if summary["test_loss"] is not None:
         print(f"test loss: {summary['test_loss']:.3f}")
     print(f"peak memory: {summary['peak_memory_gb']:.3f} GB")
@@ -141,6 +149,7 @@ def _tell(summary: Mapping[str, Any], prompt: str, quantize: list[str], verbose:
     words = ["--model", summary["model"], *quantize, "--adapter", summary["adapter"]]
     words += ["--prompt", prompt]
     print(f"adapter: {summary['adapter']}")
+    print(f"report: {Path(summary['adapter']).with_name('report.html')}")
     print(f"try it: python -m mlx_gemma4.generate {shlex.join(words)}")
 
 
@@ -191,22 +200,24 @@ def _over(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _resumed(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of the run in the output folder, and what is given beside them."""
-    if given.get("output") is None:
-        raise ConfigError(
-            "--resume without --output", wanted="the folder of the run", do="give --output"
-        )
-    path = Path(given["output"]) / "config.yaml"
-    if not path.is_file():
-        return dict(given)
-
+    """The settings of the run in the output folder or the newest, and what is given beside them."""
     from .checkpoint import require_same
     from .finetune import may_change
+    from .folder import CONFIG, newest_run
+
+    output = given.get("output") or newest_run()
+    if output is None and given["resume"] != "auto":
+        found = "--resume without --output, and runs/ holds no run"
+        raise ConfigError(found, wanted="the folder of the run", do="give --output")
+    given = {**given, "output": output}
+    path = Path(output or "") / CONFIG
+    if output is None or not path.is_file():
+        return given
 
     saved = read_yaml(path)
     values = _over(saved, given)
     of_run = [build(_GROUPS, settings, str(path)) for settings in (saved, values)]
-    free = may_change(of_run[0][2]) | flatten(RunConfig()).keys() - {"model", "quantize"}
+    free = may_change(of_run[0][2]) | flatten(RunConfig()).keys() - {"quantize"}
     then, now = (
         {key: value for key, value in flatten(*settings).items() if key not in free}
         for settings in of_run

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import mlx.core as mx
@@ -13,14 +15,19 @@ from ..config import TrainConfig
 from ..data.batch.collate import collate
 from ..data.batch.order import BatchOrder
 from ..data.example import Example
+from ..errors import TrainingError
 from ..gemma import Gemma4
 from ..memory.choose import machine_memory, parse_memory, step_settings
 from ..memory.estimate import Estimate, StepSettings
-from ..memory.measure import RunStep, plan_memory
+from ..memory.measure import MARGIN, RunStep, plan_memory
 from ..model.names import text_model
 from ..nn.batch import Batch, StepOptions
 from ..objectives import Objective
+from ..storage import size
 from .step import CompiledStep
+
+_FIRST_CUT = 0.75
+"""Of a batch or length whose step should have fitted, and did not."""
 
 
 def run_memory(
@@ -52,6 +59,45 @@ def run_memory(
         resident=mx.get_active_memory(),
         run_step=trial_step(gemma, optimizer, objective, settings, config.max_grad_norm),
     )
+
+
+@contextmanager
+def memory_explained(
+    config: TrainConfig, length: int, layers: int, of_layers: int, foreseen: Estimate
+) -> Iterator[None]:
+    """Where the device runs out of memory, an error that says what to change, and to what.
+
+    Args:
+        length: max_seq_length.
+        layers, of_layers: how many are rematerialised, of how many.
+        foreseen: of the largest step.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not re.search("memory|alloc", str(error) + repr(error), re.IGNORECASE):
+            raise
+        used = max(mx.get_peak_memory() - foreseen.resident, foreseen.step)
+        limit = parse_memory(config.memory) if config.memory else machine_memory()
+        share = min((limit - foreseen.resident) / used / (1 + MARGIN), _FIRST_CUT)
+        rows, batches = config.batch_size, config.grad_accumulation_steps
+        if layers < of_layers:
+            do = f"set rematerialize to all: {layers} of {of_layers} layers are now"
+        elif rows > 1:
+            fewer = max(1, int(rows * share))
+            do = (
+                f"set batch_size to {fewer}, it is {rows}, and grad_accumulation_steps to "
+                f"{-(-rows * batches // fewer)}"
+            )
+        else:
+            shorter = max(64, int(length * share) // 64 * 64)
+            do = f"set max_seq_length to {shorter}, it is {length}; or take a quantized model"
+        raise TrainingError(
+            f"the device ran out of memory ({error}): {size(foreseen.resident)} before the first "
+            f"step and {size(used)} for a step",
+            wanted=f"at most {size(limit)} in all, and no other large program beside it",
+            do=do,
+        ) from None
 
 
 def trial_step(

@@ -4,6 +4,7 @@
         adapters.safetensors  adapter_config.json    an adapter like any other
         optimizer.safetensors                        the optimizer's state
         state.json                                   step, next batch, validation loss, settings
+        hashes.json                                  the SHA-256 of each of these
     OUTPUT/adapter/                                  the newest adapter, the same files
 
 Randomness needs no state: every step seeds itself from the run's seed and its own number.
@@ -11,6 +12,7 @@ Randomness needs no state: every step seeds itself from the run's seed and its o
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shlex
@@ -22,14 +24,15 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.optimizers as optim
+import numpy as np
 from mlx.utils import tree_unflatten
 
 from ..errors import ModelError, TrainingError, listing
 from ..gemma import Gemma4
 from ..lora.state import save_adapter
 from ..model.checkpoint import load_file, mismatches, shapes_of
-from ..model.names import flat
-from ..storage import new_file, new_folder, read_json, size
+from ..model.names import flat, text_model
+from ..storage import damaged_files, new_file, new_folder, read_json, size, write_hashes
 from ..trust import require_harmless
 from .prefetch import Progress
 
@@ -55,7 +58,7 @@ class Checkpoints:
         progress: Progress,
         val_loss: float | None = None,
     ) -> Path:
-        """Write step-N whole, and delete those that are neither new nor the best.
+        """Write step-N whole and onto the disk; delete those that are neither new nor the best.
 
         Args:
             val_loss: of this very step; None if it was not evaluated.
@@ -72,17 +75,12 @@ class Checkpoints:
             "settings": self._settings,
         }
         with writing(final, self.newest()):
-            with new_folder(final) as partial:
+            with new_folder(final, sync=True) as partial:
                 save_adapter(gemma.backbone, partial, gemma.lora, gemma.name)
                 mx.save_safetensors(str(partial / "optimizer.safetensors"), flat(optimizer.state))
                 (partial / "state.json").write_text(json.dumps(state, indent=2) + "\n")
-            self._adapter.mkdir(exist_ok=True)
-            for path in final.glob("adapter*"):
-                with new_file(self._adapter / path.name) as partial:
-                    try:
-                        os.link(path, partial)
-                    except OSError:  # the file system has no links
-                        shutil.copyfile(path, partial)
+                write_hashes(partial)
+            self._publish(final)
         best = self.best()
         for path in self._all()[: -self._keep]:
             if path != best:
@@ -102,47 +100,116 @@ class Checkpoints:
         """The checkpoint of the highest step, if there is any."""
         return next(reversed(self._all()), None)
 
-    def restore(self, checkpoint: Path, gemma: Gemma4, optimizer: optim.Optimizer) -> Progress:
-        """Put weights and optimizer state back as they were.
+    def named(self, which: str) -> Path:
+        """The checkpoint that is meant by best, last or step-N.
 
         Raises:
-            TrainingError: a file is missing or cut short, the settings differ, or the tensors are
-                not those of this model.
+            TrainingError: there is none, or it is damaged.
         """
-        require_harmless(checkpoint, TrainingError)
-        try:
-            state = read_json(checkpoint / "state.json")
-            saved = state["settings"]
-            progress = Progress(int(state["step"]), int(state["next_batch"]))
-            weights = load_file(checkpoint / "adapters.safetensors")
-            moments = load_file(checkpoint / "optimizer.safetensors")
-        except (OSError, ValueError, KeyError, TypeError, ModelError) as error:
+        number = which.removeprefix("step-")
+        by_step = {int(path.name[5:]): path for path in self._all()}
+        path = by_step.get(int(number)) if number.isdecimal() else None
+        path = {"best": self.best(), "last": self.newest()}.get(which, path)
+        if path is None or (damage := self._damage(path)):
+            found = f"{path} is damaged ({damage})" if path else f"{self._output} has none"
             raise TrainingError(
-                f"{checkpoint} cannot be read: {error!r}",
-                wanted="a whole checkpoint",
-                do="remove that folder, to resume from the one before it",
-            ) from None
-        if "rows" in saved and saved["rows"] != self._settings.get("rows"):
-            raise TrainingError(
-                f"the data holds other training rows than those that {checkpoint} learned from",
-                wanted="the same rows, whatever their file is called",
-                do="put the earlier file back, or start a new run with "
-                f"--config {shlex.quote(str(self._output / 'config.yaml'))}",
+                f"the checkpoint {which}: {found}",
+                wanted="last, best (of a run with validation data) or one of "
+                + ", ".join(path.name for path in by_step.values()),
+                do="name another",
             )
-        require_same(saved, self._settings, checkpoint)
-        wrong = mismatches(
+        return path
+
+    def restore(self, gemma: Gemma4, optimizer: optim.Optimizer) -> tuple[Progress, list[str]]:
+        """Put weights and optimizer state back as the newest whole checkpoint has them.
+
+        Returns:
+            (where the run stands, a note on each damaged checkpoint that was passed over).
+
+        Raises:
+            TrainingError: no checkpoint is whole, the settings, rows or base weights differ, or
+                the tensors are not those of this model.
+        """
+        found, damaged = self._all(), {}
+        while found and (wrong := self._damage(found[-1])):
+            damaged[found.pop()] = wrong
+        if not found and (damaged or self._adapter.is_dir()):
+            told = listing(f"{path.name}: {wrong}" for path, wrong in damaged.items())
+            raise TrainingError(
+                f"{self._output} has no whole checkpoint{':' * bool(damaged)}{told}",
+                wanted="a checkpoint as it was written",
+                do=f"put the files back, or {self._anew}",
+            )
+        if not found:
+            return Progress(), []
+        checkpoint = found[-1]
+        state, weights, moments = _read(checkpoint)
+        self._require_same(state["settings"], checkpoint)
+        problems = mismatches(
             {**shapes_of(weights), **shapes_of(moments)},
             shapes_of({**flat(gemma.backbone.trainable_parameters()), **flat(optimizer.state)}),
         )
-        if wrong:
+        if problems:
             raise TrainingError(
-                f"{len(wrong)} tensors of {checkpoint} do not fit this model:{listing(wrong)}",
+                f"{len(problems)} tensors of {checkpoint} do not fit this model:"
+                + listing(problems),
                 wanted="the model that the run began with",
                 do="name that model",
             )
         gemma.backbone.load_weights(list(weights.items()), strict=False)
         optimizer.state = tree_unflatten(list(moments.items()))
-        return progress
+        with writing(self._adapter):
+            self._publish(checkpoint)
+            for path in damaged:
+                aside = path.with_name(f"damaged-{path.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
+        notes = [
+            f"warning: {path.name} is damaged ({wrong}), now {path.parent}/damaged-{path.name}; "
+            f"going on from {checkpoint.name}"
+            for path, wrong in damaged.items()
+        ]
+        return Progress(int(state["step"]), int(state["next_batch"])), notes
+
+    @property
+    def _anew(self) -> str:
+        config = shlex.quote(str(self._output / "config.yaml"))
+        return f"start a new run with --config {config}"
+
+    def _require_same(self, saved: Mapping[str, Any], checkpoint: Path) -> None:
+        for key, what, wanted, do in (
+            ("rows", "the data holds other training rows", "rows", "put the earlier file back"),
+            ("weights", "the model has other weights", "model", "name the earlier model"),
+        ):
+            if key in saved and saved[key] != self._settings.get(key):
+                raise TrainingError(
+                    f"{what} than those that {checkpoint} learned from",
+                    wanted=f"the same {wanted}, whatever its path",
+                    do=f"{do}, or {self._anew}",
+                )
+        require_same(saved, self._settings, checkpoint)
+
+    @staticmethod
+    def _damage(checkpoint: Path) -> str:
+        """Why a checkpoint cannot be used; empty for a whole one."""
+        require_harmless(checkpoint, TrainingError)
+        if names := damaged_files(checkpoint):
+            return ", ".join(names)
+        try:
+            _read(checkpoint)
+        except (OSError, ValueError, KeyError, TypeError, ModelError) as error:
+            return f"{error!r}"
+        return ""
+
+    def _publish(self, checkpoint: Path) -> None:
+        """Let OUTPUT/adapter be that of a checkpoint."""
+        self._adapter.mkdir(exist_ok=True)
+        for path in checkpoint.glob("adapter*"):
+            with new_file(self._adapter / path.name) as partial:
+                try:
+                    os.link(path, partial)
+                except OSError:  # the file system has no links
+                    shutil.copyfile(path, partial)
 
     def note(self, gemma: Gemma4, optimizer: optim.Optimizer) -> str:
         """The space that checkpoints will take, in a line."""
@@ -165,6 +232,30 @@ class Checkpoints:
             with suppress(OSError, ValueError, KeyError, TypeError):
                 losses[path] = read_json(path / "state.json")["val_loss"]
         return {path: loss for path, loss in losses.items() if isinstance(loss, float)}
+
+
+def _read(checkpoint: Path) -> tuple[dict[str, Any], dict[str, mx.array], dict[str, mx.array]]:
+    """(state, weights, optimizer state) of a checkpoint."""
+    state = read_json(checkpoint / "state.json")
+    if state["step"] < 0 or state["next_batch"] < 0 or not isinstance(state["settings"], dict):
+        raise ValueError("state.json holds no state")
+    weights = load_file(checkpoint / "adapters.safetensors")
+    return state, weights, load_file(checkpoint / "optimizer.safetensors")
+
+
+def fingerprint(gemma: Gemma4) -> str:
+    """Of the weights that a run leaves as they are: values from all over each, and PLE rows."""
+    trained = flat(text_model(gemma.backbone).trainable_parameters())
+    frozen = flat(text_model(gemma.backbone).parameters())
+    samples = [
+        value.flatten()[:: max(1, value.size // 16)].astype(mx.float32)
+        for name, value in sorted(frozen.items())
+        if name not in trained
+    ]
+    if (rows := gemma.ple_rows(mx.array([[2, 3]]))) is not None:
+        samples.append(rows.flatten().astype(mx.float32))
+    values = mx.concatenate([mx.zeros(1), *samples])
+    return hashlib.sha256(np.array(values).tobytes()).hexdigest()[:16]
 
 
 def require_same(then: Mapping[str, Any], now: Mapping[str, Any], where: Path) -> None:

@@ -46,6 +46,8 @@ class Console(Callback):
         elif step < self._total:
             a_step = (time.perf_counter() - self._since) / (step - self._first)
             parts.append(f"{_duration(a_step * (self._total - step))} left")
+        for note in metrics.get("notes", ()):
+            tqdm.write(f"note: {note}")
         if parts:
             tqdm.write(f"step {step} of {self._total}: {', '.join(parts)}")
             sys.stdout.flush()

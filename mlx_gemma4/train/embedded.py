@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,10 @@ from typing import Any
 from ..config import DataConfig, TrainConfig
 from ..data import stdlib
 from ..data.dataset import read
-from ..data.read.files import hash_file
 from ..errors import ConfigError
 from ..gemma import load
 from ..model import tiny
-from ..storage import cache_folder, new_folder, read_json, write_text
+from ..storage import cache_folder, damaged_files, new_folder, write_hashes
 from .finetune import finetune
 
 PROMPT = "What does get_name(self) do?"
@@ -49,7 +47,6 @@ _BASE = TrainConfig(
     warmup_steps=10,
 )
 _BASE_LENGTH = 129
-_HASHES = "hashes.json"
 
 
 def model_folder(cache: Path | None = None) -> Path:
@@ -68,10 +65,10 @@ def prepare(cache: Path | None = None) -> tuple[Path, Path]:
     """
     folder = model_folder(cache).parent
     try:
-        if not _is_whole(folder):
+        if damaged_files(folder):
             with new_folder(folder) as partial:
                 _build(partial)
-                write_text(partial / _HASHES, json.dumps(_hashes(partial)))
+                write_hashes(partial)
     except (OSError, ConfigError) as error:
         raise ConfigError(
             f"cannot write the cache {folder.parent}: {getattr(error, 'found', error)}",
@@ -79,19 +76,6 @@ def prepare(cache: Path | None = None) -> tuple[Path, Path]:
             do="set MLX_GEMMA4_CACHE to another folder",
         ) from None
     return folder / "model", folder / "data"
-
-
-def _is_whole(folder: Path) -> bool:
-    """Whether every file is as it was written."""
-    try:
-        return read_json(folder / _HASHES) == _hashes(folder)
-    except (OSError, ValueError):
-        return False
-
-
-def _hashes(folder: Path) -> dict[str, str]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != _HASHES)
-    return {str(path.relative_to(folder)): hash_file(path) for path in files}
 
 
 def _build(folder: Path) -> None:

@@ -1,20 +1,26 @@
-"""The mean of an objective over examples that are not trained on."""
+"""The mean of an objective over examples that are not trained on; answers to sample prompts."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import mlx.core as mx
 
 from ..config import DataConfig, TrainConfig
 from ..data.batch.order import BatchOrder
 from ..data.example import Example
+from ..errors import ConfigError
 from ..gemma import Gemma4
+from ..model.conversation import Prompt, conversation
 from ..nn.batch import StepOptions
 from ..nn.head import batch_log_probs
 from ..objectives import Objective
 from ..objectives.sft import sft
+from ..storage import parse_json
 from .prefetch import prepared
+
+_SAMPLE_TOKENS = 128
 
 
 def evaluate(
@@ -47,3 +53,29 @@ def evaluate(
         loss, count = loss + sums.loss, count + sums.count
         mx.async_eval(loss, count)
     return float(loss) / float(count)
+
+
+def read_prompts(path: str) -> list[Prompt]:
+    """The sample prompts of a file: a line each, in a .jsonl file rows with prompt or messages.
+
+    Raises:
+        ConfigError: it cannot be read, or a line asks nothing.
+    """
+    do = "change the file, or sample_prompts"
+    try:
+        lines = [line for line in Path(path).read_text("utf-8").splitlines() if line.strip()]
+        rows = [parse_json(line.encode()) for line in lines] if path.endswith(".jsonl") else lines
+        prompts = [r if isinstance(r, str) else r.get("messages") or r["prompt"] for r in rows]
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        found = f"{path} cannot be read: {error!r}"
+        raise ConfigError(found, wanted="prompts, a line each", do=do) from None
+    for prompt in prompts:
+        conversation(prompt)
+    return prompts
+
+
+def answers(gemma: Gemma4, prompts: Sequence[Prompt]) -> list[dict[str, str]]:
+    """The likeliest answer to each prompt, with the prompt's last words."""
+    last = [p if isinstance(p, str) else str(p[-1]["content"]) for p in prompts]
+    said = [gemma.generate(prompt, max_tokens=_SAMPLE_TOKENS) for prompt in prompts]
+    return [{"prompt": asked, "answer": answer} for asked, answer in zip(last, said)]

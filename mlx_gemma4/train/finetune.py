@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,28 +19,37 @@ from ..config import LoraConfig, TrainConfig, flatten
 from ..data.batch.order import BatchOrder
 from ..data.dataset import Dataset
 from ..data.example import Examples
+from ..data.inspect import Shown
 from ..errors import DataError, TrainingError
 from ..gemma import Gemma4
 from ..lora.attach import adapted_modules, router_risk
+from ..memory.choose import machine_memory
 from ..model.names import flat
 from ..nn.batch import StepOptions
 from ..objectives import Objective
 from ..objectives.sft import sft
 from ..storage import write_text
-from .budget import run_memory
-from .checkpoint import Checkpoints, writing
+from .budget import memory_explained, run_memory
+from .checkpoint import Checkpoints, fingerprint, writing
 from .console import Console
-from .evaluate import evaluate
-from .folder import METRICS, SUMMARY, RunFolder, claim
+from .evaluate import answers, evaluate, read_prompts
+from .folder import METRICS, REPORT, SUMMARY, RunFolder, claim
 from .interrupt import interruptible
+from .loggers import make_loggers
 from .optim import make_optimizer
 from .prefetch import Progress, training_steps
-from .run import Callback, MetricsFile, Run, read_metrics
+from .run import Callback, MetricsFile, ReportPage, Run, read_metrics
 from .trainer import Trainer
+
+_EXAMPLES, _LONG_EXAMPLE = 3, 4000
+"""Examples in report.html, and the most tokens of one."""
 
 _FREE_ON_RESUME = {
     *("learning_rate", "rematerialize", "memory", "attention"),
     *("report_every", "eval_every", "val_batches", "save_every", "keep_checkpoints", "verbose"),
+    *("max_minutes", "patience", "on_nonfinite", "sample_prompts", "report_to"),
+    *("model", "data"),  # by content: `weights` and `rows`
+    "init_from",
 }
 
 
@@ -52,7 +61,7 @@ def finetune(
     lora: LoraConfig | None = None,
     objective: Objective = sft,
     output: str | Path | RunFolder | None = None,
-    resume: bool = False,
+    resume: bool | str = False,
     callbacks: Sequence[Callback] = (),
     console: bool = True,
 ) -> Run:
@@ -63,6 +72,7 @@ def finetune(
         objective: what is minimised, as in `mlx_gemma4.objectives`.
         output: folder for all that a run writes; None keeps it in memory.
         resume: go on from the newest checkpoint in `output`; from the start if it has none yet.
+            "auto" starts a run if there is none.
         callbacks: told of progress, beside the console.
         console: whether to print what trains and a line a report, with a bar on a terminal.
 
@@ -70,10 +80,13 @@ def finetune(
         DataError, TrainingError: no examples, a loss that is not finite, an output folder that
             holds another run or is in use, a checkpoint that does not fit, a full disk, `lora` for
             a full fine-tuning.
-        KeyboardInterrupt: Ctrl-C, once the run has ended its step and saved.
+        KeyboardInterrupt: Ctrl-C or SIGTERM, once the run has ended its step and saved.
     """
     if not data.train:
         raise DataError("there are no training examples", wanted="some", do="read another file")
+    if config.patience and not data.valid:
+        do = "give a valid file, or valid_fraction"
+        raise TrainingError("patience without validation data", wanted="some", do=do)
     if wrong := [callback for callback in callbacks if not isinstance(callback, Callback)]:
         kind = "a subclass of mlx_gemma4.Callback"
         raise TrainingError(f"{wrong[0]!r} is no Callback", wanted=kind, do=f"make it {kind}")
@@ -92,11 +105,17 @@ def finetune(
     layers, memory, note = run_memory(gemma, data.train, config, order, optimizer, objective)
     notes = [note, *filter(None, [router_risk(gemma.backbone), *data.facts.prompts])]
     run = Run(gemma, notes, output=output.path if output else None)
-    checkpoints, progress = _checkpoints(run, data, config, optimizer, output)
-    listeners = [Console()] * console + [*callbacks]
+    settings = flatten(config, data.config, *([gemma.lora] if gemma.lora else []))
+    settings |= {"model": gemma.name, "data": data.source}
+    settings |= {"quantize": gemma.quantize} if gemma.quantize else {}
+    settings |= {"init_from": gemma.adapter} if gemma.adapter else {}
+    checkpoints, progress = _checkpoints(run, data, config, settings, optimizer, output)
+    listeners = [Console()] * console + [*callbacks, *make_loggers(config.report_to, settings)]
     if output:
         (output.path / SUMMARY).unlink(missing_ok=True)  # of an earlier end
         listeners.append(MetricsFile(output.path / METRICS))
+        listeners.append(ReportPage(output.path / REPORT, settings, _some(data)))
+    prompts = read_prompts(config.sample_prompts) if config.sample_prompts else []
     validate = partial(
         evaluate, gemma, data.valid, data.config, config, objective, lambda: run.interrupted
     )
@@ -107,6 +126,7 @@ def finetune(
         objective,
         callbacks=listeners,
         validate=validate if data.valid else None,
+        sample=partial(answers, gemma, prompts) if prompts else None,
         checkpoints=checkpoints,
         options=StepOptions(layers, config.attention),
         config=config,
@@ -114,11 +134,18 @@ def finetune(
     )
     resident, started = mx.get_active_memory(), time.perf_counter()
     cache_limit = mx.set_cache_limit(memory.step // 2)
+    # Metal keeps wired what is in use, as it does for mlx-lm.
+    wired = mx.set_wired_limit(machine_memory()) if mx.metal.is_available() else None
+    explained = memory_explained(
+        config, data.config.max_seq_length, layers, len(gemma.plan.layers), memory
+    )
     try:
-        with interruptible(run):
+        with interruptible(run), explained:
             trainer.train(total)
     finally:
         mx.set_cache_limit(cache_limit)
+        if wired is not None:
+            mx.set_wired_limit(wired)
     run.summary = _summary(run, data, config, objective) | {
         "seconds": time.perf_counter() - started,
         "resident_before_gb": resident / 1e9,
@@ -138,36 +165,44 @@ def _checkpoints(
     run: Run,
     data: Dataset,
     config: TrainConfig,
+    settings: Mapping[str, Any],
     optimizer: optim.Optimizer,
     folder: RunFolder | None,
 ) -> tuple[Checkpoints | None, Progress]:
     """Where the run saves, and where it begins: at the newest checkpoint, if there is one."""
     if folder is None:
         return None, Progress()
-    settings = flatten(config, data.config, *([run.gemma.lora] if run.gemma.lora else []))
-    settings |= {"model": run.gemma.name, "data": data.source}
-    settings |= {"quantize": run.gemma.quantize} if run.gemma.quantize else {}
-    settings |= {"init_from": run.gemma.adapter} if run.gemma.adapter else {}
     free = may_change(config)
     fixed = {key: value for key, value in settings.items() if key not in free}
     digests = Examples.of(data.train).digests
     fixed["rows"] = hashlib.sha256(np.ascontiguousarray(digests).tobytes()).hexdigest()[:16]
-    checkpoints, progress = Checkpoints(folder.path, config.keep_checkpoints, fixed), Progress()
-    run.notes.append(checkpoints.note(run.gemma, optimizer))
-    if folder.newest:
-        progress = checkpoints.restore(folder.newest, run.gemma, optimizer)
+    fixed["weights"] = fingerprint(run.gemma)
+    checkpoints = Checkpoints(folder.path, config.keep_checkpoints, fixed)
+    progress, damage = checkpoints.restore(run.gemma, optimizer)
+    run.notes += [*damage, checkpoints.note(run.gemma, optimizer)]
+    if progress.step:
         run.step = progress.step
         reports = read_metrics(folder.path / METRICS)
         run.history = [report for report in reports if report["step"] <= run.step]
+    elif folder.resumed:
+        run.notes.append("no checkpoint was saved yet: beginning at the first step")
     folder.note(settings)
     return checkpoints, progress
+
+
+def _some(data: Dataset) -> list[Shown]:
+    """The first examples, for a page that is written often: long ones are left out."""
+    if data.tokenizer is None:
+        return []
+    first = range(min(20, len(data)))
+    return [data.show(i) for i in first if len(data[i]) <= _LONG_EXAMPLE][:_EXAMPLES]
 
 
 def may_change(config: TrainConfig) -> set[str]:
     """Settings that a run which resumes may change; at a constant rate it may become longer too."""
     # A schedule that falls ends with the run.
     length = {"iters", "epochs"} if config.lr_schedule == "constant" else set()
-    return _FREE_ON_RESUME | length | {"data", "init_from"}
+    return _FREE_ON_RESUME | length
 
 
 def _prepare(gemma: Gemma4, config: TrainConfig, lora: LoraConfig | None) -> None:
@@ -205,6 +240,7 @@ def _summary(run: Run, data: Dataset, config: TrainConfig, objective: Objective)
         for key in ("loss", "val_loss")
     )
     trainable = flat(run.gemma.backbone.trainable_parameters())
+    losses = {m["val_loss"]: m["step"] for m in run.history[::-1] if m["val_loss"] is not None}
     test = None
     if data.test and not run.interrupted:
         test = evaluate(run.gemma, data.test, data.config, config, objective)
@@ -216,6 +252,7 @@ def _summary(run: Run, data: Dataset, config: TrainConfig, objective: Objective)
         "train_loss": trained[-1] if trained else None,
         "val_loss_before": validated[0] if validated else None,
         "val_loss": validated[-1] if validated else None,
+        "best_step": losses[min(losses)] if losses else None,
         "test_loss": test,
         "trainable_parameters": sum(value.size for value in trainable.values()),
         "adapted_modules": dict(adapted_modules(run.gemma.backbone)),

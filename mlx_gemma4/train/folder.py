@@ -19,19 +19,16 @@ from ..storage import write_text
 from .checkpoint import Checkpoints, writing
 
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
+REPORT = "report.html"
 _LOCK = "lock"
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A folder that is claimed.
-
-    Attributes:
-        newest: the checkpoint to go on from; None begins at the first step.
-    """
+    """A folder that is claimed; `resumed` if it is that of an earlier run."""
 
     path: Path
-    newest: Path | None
+    resumed: bool
 
     def note(self, settings: Mapping[str, Any]) -> None:
         """Write config.yaml: what `--resume` and `--config` need to know."""
@@ -40,7 +37,7 @@ class RunFolder:
 
 
 @contextmanager
-def claim(output: str | Path | None, resume: bool = False) -> Iterator[RunFolder]:
+def claim(output: str | Path | None, resume: bool | str = False) -> Iterator[RunFolder]:
     """Make the folder of a run, or find that of an earlier one, and hold its lock.
 
     A run that fails before its first report leaves nothing there; one that is interrupted leaves
@@ -48,12 +45,14 @@ def claim(output: str | Path | None, resume: bool = False) -> Iterator[RunFolder
 
     Args:
         output: None takes the first of runs/1, runs/2, ... that is free.
-        resume: the folder is that of an earlier run.
+        resume: the folder is that of an earlier run; "auto": if it is one.
 
     Raises:
         TrainingError: a folder that cannot be written, holds a run or none, or is in use.
     """
     path = Path(output) if output is not None else None
+    if resume == "auto":
+        resume = path is not None and is_run(path)
     if resume and (path is None or not is_run(path)):
         raise TrainingError(
             f"{path} has no checkpoint to resume from",
@@ -72,14 +71,13 @@ def claim(output: str | Path | None, resume: bool = False) -> Iterator[RunFolder
             do="name another output folder",
         ) from None
     try:
-        newest = Checkpoints(path, 1, {}).newest()
-        if not resume and (newest or (path / METRICS).exists()):
+        if not resume and (Checkpoints(path, 1, {}).newest() or (path / METRICS).exists()):
             raise TrainingError(
                 f"{path} holds a run",
                 wanted="a new output folder, so that nothing is lost",
                 do="name another output folder, or resume",
             )
-        yield RunFolder(path, newest)
+        yield RunFolder(path, bool(resume))
     except Exception:
         if not resume and not (path / METRICS).exists():
             _leave(path, found)
@@ -91,6 +89,12 @@ def claim(output: str | Path | None, resume: bool = False) -> Iterator[RunFolder
 def is_run(path: Path) -> bool:
     """Whether a folder is that of a run, however far it came."""
     return (path / CONFIG).is_file() or Checkpoints(path, 1, {}).newest() is not None
+
+
+def newest_run() -> Path | None:
+    """The run of the highest number in runs/."""
+    found = [path for path in Path("runs").glob("*") if path.name.isdecimal() and is_run(path)]
+    return max(found, key=lambda path: int(path.name), default=None)
 
 
 def is_running(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Ctrl-C: the first one ends a run after its step, with all saved; a second one stops at once."""
+"""Ctrl-C and SIGTERM: the first ends a run after its step, with all saved; a second at once."""
 
 from __future__ import annotations
 
@@ -7,28 +7,34 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 from .run import Run
+
+_USUAL: dict[signal.Signals, Any] = {
+    signal.SIGINT: signal.default_int_handler,
+    signal.SIGTERM: signal.SIG_DFL,
+}
 
 
 @contextmanager
 def interruptible(run: Run) -> Iterator[None]:
-    """While the block lasts, Ctrl-C sets `run.interrupted`. Handlers of others are left alone."""
-    usual = signal.default_int_handler
+    """While the block lasts, they set `run.interrupted`. Handlers of others are left alone."""
     is_main = threading.current_thread() is threading.main_thread()
-    if not is_main or signal.getsignal(signal.SIGINT) is not usual:
-        yield
-        return
+    ours = [s for s, usual in _USUAL.items() if is_main and signal.getsignal(s) is usual]
 
-    def stop(*_: object) -> None:
-        signal.signal(signal.SIGINT, usual)
+    def stop(number: int, _: object) -> None:
+        signal.signal(number, _USUAL[signal.Signals(number)])
+        name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
         run.interrupted = True
-        run.stop("Ctrl-C")
+        run.stop(name)
         with suppress(RuntimeError):  # a line is being printed at this moment
-            print("\nCtrl-C: saving after this step; once more stops at once", file=sys.stderr)
+            print(f"\n{name}: saving after this step; once more stops at once", file=sys.stderr)
 
-    signal.signal(signal.SIGINT, stop)
+    for number in ours:
+        signal.signal(number, stop)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, usual)
+        for number in ours:
+            signal.signal(number, _USUAL[number])

@@ -36,11 +36,13 @@ class Step:
         batches: of the accumulation, with their PLE rows.
         num_tokens: of the examples in them, without padding.
         progress: of the run when the step is done.
+        examples: those in the batches, for messages.
     """
 
     batches: Sequence[Batch]
     num_tokens: int
     progress: Progress
+    examples: Sequence[Example] = ()
 
 
 def training_steps(
@@ -52,18 +54,19 @@ def training_steps(
     accumulation: int = 1,
 ) -> Iterator[Step]:
     """The steps of a run after `start`, up to step `total`, with `accumulation` batches each."""
-    lengths = Examples.of(examples).lengths
+    every = Examples.of(examples)
 
-    def rows_of_steps() -> Iterator[tuple[tuple[int, Progress], list[Rows]]]:
+    def rows_of_steps() -> Iterator[tuple[tuple[np.ndarray, Progress], list[Rows]]]:
         stream = order.batches(start.next_batch)
         for number in range(start.step + 1, total + 1):
             numbered = list(islice(stream, accumulation))
             batches = [rows for _, rows in numbered]
-            tokens = sum(int(lengths[row].sum()) for rows in batches for row in rows)
-            yield (tokens, Progress(number, numbered[-1][0] + 1)), batches
+            chosen = np.array([i for rows in batches for row in rows for i in row])
+            yield (chosen, Progress(number, numbered[-1][0] + 1)), batches
 
-    for (tokens, progress), batches in prepared(gemma, examples, rows_of_steps()):
-        yield Step(batches, tokens, progress)
+    for (chosen, progress), batches in prepared(gemma, examples, rows_of_steps()):
+        tokens = int(every.lengths[chosen].sum())
+        yield Step(batches, tokens, progress, Examples(every.stores, every.order[chosen]))
 
 
 def prepared(
@@ -81,7 +84,10 @@ def prepared(
     def build(batches: Sequence[Rows]) -> list[tuple[Batch, GatheredRows | None]]:
         """On the other thread: reads examples and PLE rows, and leaves the device alone."""
         built = collate_alike([[[examples[i] for i in row] for row in rows] for rows in batches])
-        return [(b, source.gather(np.asarray(b.tokens_BT)) if source else None) for b in built]
+        return [
+            (b, source.gather(np.asarray(b.table_tokens(gemma.plan))) if source else None)
+            for b in built
+        ]
 
     with ThreadPoolExecutor(max_workers=1) as worker:
         submitted = ((tag, worker.submit(build, batches)) for tag, batches in steps)

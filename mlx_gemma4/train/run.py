@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from ..config import read_yaml
+from ..data.inspect import Shown
 from ..errors import TrainingError
 from ..export import export
 from ..extras import import_extra
 from ..gemma import Gemma4, load
-from ..storage import read_json
+from ..report.page import Story, page
+from ..storage import read_json, write_text
 from .checkpoint import writing
 from .folder import CONFIG, METRICS, SUMMARY, is_run, is_running
 
@@ -36,7 +38,7 @@ class Run:
         output: the output folder, if one was given.
         step: steps done.
         stopped: why the run ended before its last step, if it did.
-        interrupted: whether that was Ctrl-C: it saves, and evaluates nothing.
+        interrupted: whether that was Ctrl-C or SIGTERM: it saves, and evaluates nothing.
     """
 
     def __init__(
@@ -67,7 +69,7 @@ class Run:
             raise TrainingError(f"{folder} holds no run", wanted=wanted, do="check the path")
         run = cls(output=folder)
         run.history = read_metrics(folder / METRICS)
-        with suppress(OSError, ValueError):
+        with suppress(OSError, ValueError, TypeError):
             run.summary = dict(read_json(folder / SUMMARY))
         run.step = max([m["step"] for m in run.history], default=0)
         run.stopped = run.summary.get("stopped")
@@ -170,6 +172,39 @@ class Callback:
         """The run is over, was stopped, or failed."""
 
 
+class ReportPage(Callback):
+    """report.html, written whole at every report. A disk that is full does not stop the run here.
+
+    Args:
+        examples: of the data, in colour.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any], examples: Sequence[Shown]):
+        self._path, self._settings, self._examples = path, dict(settings), list(examples)
+
+    def start(self, run: Run, step: int, total: int) -> None:
+        super().start(run, step, total)
+        self._total = total
+
+    def report(self, metrics: Mapping[str, Any]) -> None:
+        self._write(f"running: step {self.run.step} of {self._total}", live=True)
+
+    def end(self) -> None:
+        run = self.run
+        state = "finished" if run.step == self._total else "ended by an error"
+        if run.stopped:
+            state = f"stopped: {run.stopped}"
+        self._write(f"{state}, step {run.step} of {self._total}")
+
+    def _write(self, state: str, live: bool = False) -> None:
+        story = Story(str(self.run.output), self._settings, self.run.history, state)
+        with suppress(OSError):
+            write_text(self._path, page([story], self._examples, live=live))
+
+
+_KEYS = {"step", "loss", "val_loss"}
+
+
 class MetricsFile(Callback):
     """metrics.jsonl: a JSON object a report, written at once.
 
@@ -183,7 +218,7 @@ class MetricsFile(Callback):
         super().start(run, step, total)
         kept = run.history if step else []
         with writing(self._path):
-            self._path.write_text("".join(json.dumps(metrics) + "\n" for metrics in kept))
+            write_text(self._path, "".join(json.dumps(metrics) + "\n" for metrics in kept))
 
     def report(self, metrics: Mapping[str, Any]) -> None:
         with writing(self._path), self._path.open("a") as file:
@@ -191,9 +226,9 @@ class MetricsFile(Callback):
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The reports in metrics.jsonl, but a line that was cut short when the run was stopped."""
+    """The reports in metrics.jsonl, but lines that were cut short when the run was stopped."""
     reports = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_bytes().splitlines() if path.exists() else []:
         with suppress(ValueError):
             reports.append(json.loads(line))
-    return reports
+    return [report for report in reports if isinstance(report, dict) and report.keys() >= _KEYS]

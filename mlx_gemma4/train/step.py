@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-from mlx.utils import tree_map
+from mlx.utils import tree_map, tree_map_with_path
 
 from ..errors import TrainingError
 from ..gemma import Gemma4
@@ -90,30 +90,46 @@ def train_step(
     objective: Objective = sft,
     options: StepOptions = StepOptions(),
     max_grad_norm: float | None = None,
-) -> tuple[Sums, mx.array | None]:
+) -> tuple[Sums, mx.array]:
     """One optimizer step over the batches of an accumulation, as if they were one.
+
+    Where the loss or the gradient is not finite, weights and optimizer state stay as they were.
 
     Args:
         max_grad_norm: larger gradients are scaled down to this global norm; None scales nothing.
 
     Returns:
-        The sums of all batches together, and the norm of the mean gradient where it was asked
-        for; not yet evaluated.
+        The sums of all batches together, and the norm of the mean gradient before it was scaled;
+        not yet evaluated.
     """
     count = len(batches)
     keys = [None] * count if options.key is None else [*mx.random.split(options.key, count)]
     totals, grads = gradients(gemma, batches[0], objective, replace(options, key=keys[0]))
     for batch, key in zip(batches[1:], keys[1:]):
         # One batch's activations are alive at a time.
-        tokens = mx.depends(batch.tokens_BT, [totals.loss, *flat(grads).values()])
-        batch, options = replace(batch, tokens_BT=tokens), replace(options, key=key)
+        batch = batch.after([totals.loss, *flat(grads).values()])
+        options = replace(options, key=key)
         sums, added = gradients(gemma, batch, objective, options)
         totals = Sums(*tree_map(mx.add, _fields(totals), _fields(sums)))
         grads = tree_map(mx.add, grads, added)
-    means, norm = tree_map(lambda grad: grad / totals.count, grads), None
+    means = tree_map(lambda grad: grad / totals.count, grads)
+    squares = [grad.astype(mx.float32).square().sum() for grad in flat(means).values()]
+    norm = mx.sqrt(mx.stack(squares).sum())
     if max_grad_norm is not None:
-        means, norm = optim.clip_grad_norm(means, max_grad_norm)
+        factor = mx.minimum(max_grad_norm / (norm + 1e-6), 1.0)
+        means = tree_map(lambda grad: grad * factor.astype(grad.dtype), means)
+    before = flat(gemma.backbone.trainable_parameters()), flat(optimizer.state)
     optimizer.update(gemma.backbone, means)
+    is_finite = mx.isfinite(norm) & mx.isfinite(totals.loss)
+
+    def chosen(tree: Any, old: dict[str, mx.array]) -> Any:
+        def choose(path: str, new: mx.array) -> mx.array:
+            return mx.where(is_finite, new, old.get(path, new))
+
+        return tree_map_with_path(choose, tree)
+
+    gemma.backbone.update(chosen(gemma.backbone.trainable_parameters(), before[0]))
+    optimizer.state = chosen(optimizer.state, before[1])
     return totals, norm
 
 
@@ -145,7 +161,7 @@ class CompiledStep:
 
     def __call__(
         self, batches: Sequence[Batch], key: mx.array | None = None
-    ) -> tuple[Sums, mx.array | None]:
+    ) -> tuple[Sums, mx.array]:
         """As `train_step`. Batches carry their PLE rows."""
         backbone, optimizer = self._gemma.backbone, self._optimizer
         parameters, state = backbone.trainable_parameters(), optimizer.state

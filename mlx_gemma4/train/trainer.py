@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -13,15 +15,20 @@ import mlx.optimizers as optim
 import numpy as np
 
 from ..config import TrainConfig
-from ..errors import TrainingError
+from ..errors import TrainingError, listing
 from ..gemma import Gemma4
 from ..nn.batch import StepOptions
 from ..objectives import Objective, Sums
 from ..objectives.sft import sft
-from .checkpoint import Checkpoints
+from ..storage import write_text
+from .checkpoint import Checkpoints, writing
+from .guards import LossWatch, first_not_finite
 from .prefetch import Progress, Step
 from .run import Callback, Run
 from .step import CompiledStep
+
+_MOST_SKIPPED = 10
+"""Steps in a row that are not finite before a run that passes over them stops all the same."""
 
 
 class Trainer:
@@ -37,6 +44,7 @@ class Trainer:
         objective: of the log-probabilities of a batch's targets.
         callbacks: told of everything, in this order.
         validate: gives the validation loss; None where there is nothing to validate on.
+        sample: gives answers to sample prompts, at every evaluation.
         checkpoints: where to save; None keeps the run in memory.
         options: how a step is computed.
         config: gives seed, max_grad_norm, and how often to report, evaluate and save.
@@ -52,6 +60,7 @@ class Trainer:
         *,
         callbacks: Sequence[Callback] = (),
         validate: Callable[[], float | None] | None = None,
+        sample: Callable[[], Any] | None = None,
         checkpoints: Checkpoints | None = None,
         options: StepOptions = StepOptions(),
         config: TrainConfig = TrainConfig(),
@@ -59,9 +68,13 @@ class Trainer:
     ):
         self.gemma, self.steps, self.optimizer = gemma, steps, optimizer
         self.callbacks, self.validate, self.checkpoints = callbacks, validate, checkpoints
-        self.config, self.run = config, run or Run(gemma)
+        self.config, self.run, self.sample = config, run or Run(gemma), sample
+        self.objective, self.options = objective, options
         self.step = CompiledStep(gemma, optimizer, objective, options, config.max_grad_norm)
         self._meter = _Meter()
+        self._watch = LossWatch(gemma, config.warmup_steps)
+        self._notes: list[str] = []
+        self._skipped = 0
         mx.reset_peak_memory()
 
     def train(self, total: int) -> Run:
@@ -73,18 +86,24 @@ class Trainer:
         run, config = self.run, self.config
         for callback in self.callbacks:
             callback.start(run, run.step, total)
+        # perf_counter stands still while a machine sleeps, on macOS and Linux.
+        until = time.perf_counter() + 60 * (config.max_minutes or math.inf)
         try:
             if not run.step:
-                self._report(self.validate() if self.validate else None)
+                self._report(self.validate() if self.validate else None, evaluated=True)
             self._meter.resume()
-            for step in self.steps:
+            for step in () if self._is_stuck() else self.steps:
                 self._take(step)
+                if time.perf_counter() > until:
+                    run.stop(f"max_minutes, {config.max_minutes:g}, are over")
                 last = run.step == total or run.stopped is not None
                 evaluated = last or run.step % config.eval_every == 0
                 validate = self.validate if evaluated and not run.interrupted else None
                 val_loss = validate() if validate else None
                 if evaluated or run.step % config.report_every == 0:
-                    self._report(val_loss)
+                    self._report(val_loss, evaluated)
+                if val_loss is not None:
+                    last = self._is_stuck() or last
                 self._save(step.progress, val_loss, last)
                 if last:
                     break
@@ -97,29 +116,74 @@ class Trainer:
 
     def _take(self, step: Step) -> None:
         """One optimizer step."""
-        self.gemma.backbone.train()
+        if not self.gemma.backbone.training:
+            self.gemma.backbone.train()
         number = step.progress.step
         random = np.random.SeedSequence([self.config.seed, number]).generate_state(1)[0]
-        sums, norm = self.step(step.batches, mx.random.key(int(random)))
+        key = mx.random.key(int(random))
+        sums, norm = self.step(step.batches, key)
         # One step at a time on the device: the next one's memory would add to this one's.
         mx.eval(vars(sums), norm, self.gemma.backbone.trainable_parameters(), self.optimizer.state)
-        loss, count = float(sums.loss), float(sums.count)
-        if not math.isfinite(loss):
-            newest = self.checkpoints.newest() if self.checkpoints else None
-            raise TrainingError(
-                f"the loss of step {number} is {loss}" + (f"; {newest} is kept" if newest else ""),
-                wanted="a finite loss",
-                do="lower the learning rate" + (" and resume" if newest else ""),
-            )
+        loss = float(sums.loss) / (float(sums.count) or math.nan)
+        if math.isfinite(loss) and math.isfinite(float(norm)):
+            self._skipped = 0
+            self._meter.add(sums, norm, step.num_tokens)
+            self._notes += self._watch.look(number, loss, lambda: origins(step))
+        else:
+            self._refuse(step, key, loss, float(norm))
         self.run.step = number
-        self._meter.add(sums, norm, step.num_tokens)
         for callback in self.callbacks:
-            callback.advance(number, loss / count)
+            callback.advance(number, loss)
 
-    def _report(self, val_loss: float | None) -> None:
+    def _refuse(self, step: Step, key: mx.array, loss: float, norm: float) -> None:
+        """Report a step that is not finite, which changed no weight; raise where that is asked."""
+        number, where = step.progress.step, origins(step)
+        options = replace(self.options, key=key)
+        module = first_not_finite(self.gemma, step.batches, self.objective, options)
+        told = f"the loss of step {number} is {loss}, its gradient's norm {norm}, first in {module}"
+        report = {
+            "step": number, "loss": str(loss), "grad_norm": str(norm), "first_in": module,
+            "examples": where,
+        }  # fmt: skip
+        if output := self.run.output:
+            path = output / f"nonfinite-{number:06d}.json"
+            with writing(path):
+                write_text(path, json.dumps(report, indent=2) + "\n")
+            told += f"; report: {path}"
+        self._skipped += 1
+        self._notes.append(f"skipped: {told}")
+        if self.config.on_nonfinite == "skip" and self._skipped < _MOST_SKIPPED:
+            return
+        newest = self.checkpoints.newest() if self.checkpoints else None
+        raise TrainingError(
+            told + f"; {newest} is kept" * bool(newest) + "; examples:" + listing(where),
+            wanted="a finite loss and gradient"
+            + f"; {self._skipped} steps in a row had none" * (self._skipped > 1),
+            do="look at these examples, lower the learning rate, or pass over such steps with "
+            "on_nonfinite skip" + (", and resume" if newest else ""),
+        )
+
+    def _is_stuck(self) -> bool:
+        """Stop where the last `patience` regular evaluations brought no lower validation loss."""
+        losses = [
+            m["val_loss"]
+            for m in self.run.history
+            if m["val_loss"] is not None and m["step"] % self.config.eval_every == 0
+        ]
+        patience = self.config.patience or math.inf
+        stuck = bool(losses) and len(losses) - 1 - losses.index(min(losses)) >= patience
+        if stuck:
+            self.run.stop(f"no lower validation loss in {patience} evaluations")
+        return stuck
+
+    def _report(self, val_loss: float | None, evaluated: bool) -> None:
         rate = float(self.optimizer.learning_rate)
         metrics = {"step": self.run.step, **self._meter.line(val_loss, rate)}
-        self._meter = _Meter()
+        if self._notes:
+            metrics["notes"] = self._notes
+        if self.sample and evaluated and not self.run.interrupted:
+            metrics["samples"] = self.sample()
+        self._meter, self._notes = _Meter(), []
         self.run.history.append(metrics)
         for callback in self.callbacks:
             callback.report(metrics)
@@ -133,6 +197,11 @@ class Trainer:
             saved = self.checkpoints.save(self.gemma, self.optimizer, progress, val_loss)
             for callback in self.callbacks:
                 callback.saved(saved)
+
+
+def origins(step: Step) -> list[str]:
+    """File and line of the examples of a step."""
+    return [example.origin for example in step.examples]
 
 
 class _Meter:
@@ -150,25 +219,23 @@ class _Meter:
     def resume(self) -> None:
         self._since = time.perf_counter()
 
-    def add(self, sums: Sums, norm: mx.array | None, tokens: int) -> None:
+    def add(self, sums: Sums, norm: mx.array, tokens: int) -> None:
         self._loss += float(sums.loss)
         self._count += float(sums.count)
         self._tokens += tokens
         self._seconds += time.perf_counter() - self._since
-        self._norm = None if norm is None else float(norm)
+        self._norm = float(norm)
         for name, value in sums.metrics.items():
             self._metrics[name] += float(value)
 
     def line(self, val_loss: float | None, learning_rate: float) -> dict[str, Any]:
         """Of metrics.jsonl; `grad_norm` is the last step's, before clipping."""
-        metrics: dict[str, Any] = {
+        return {
             "loss": self._loss / self._count if self._count else None,
             "val_loss": val_loss,
             "tokens": self._tokens,
             "tokens_per_second": self._tokens / self._seconds if self._tokens else 0.0,
             "learning_rate": learning_rate,
             "peak_memory_gb": mx.get_peak_memory() / 1e9,
-        }
-        if self._norm is not None:
-            metrics["grad_norm"] = self._norm
-        return metrics | {name: value / self._count for name, value in self._metrics.items()}
+            "grad_norm": self._norm,
+        } | {name: value / self._count for name, value in self._metrics.items()}

@@ -54,8 +54,8 @@ def test_the_library_gives_our_logits(others, tmp_path, shape, kind, format):
     assert verdict.tensors == len(trainable(gemma))
     assert verdict.difference < 1e-4
     assert verdict.moved_by > 0.1
-    told = rf"{format}: {verdict.tensors} tensors, loaded by mlx-\S+ \S+, "
-    told += r"largest logit difference \S+, moved by \S+"
+    told = rf"{format}: {verdict.tensors} tensors, loaded by mlx-\S+ \S+: "
+    told += r"logits within \S+ of the trained model's, up to \S+ from the base's"
     assert re.fullmatch(told, str(verdict))
 
 

@@ -272,7 +272,8 @@ def test_a_library_that_is_not_installed(gemma, tmp_path, monkeypatch):
 def test_the_line():
     told = str(Proof("peft", 72, "peft 0.21.2", 2.2e-5, 2.891))
     assert told == (
-        "peft: 72 tensors, loaded by peft 0.21.2, largest logit difference 2.2e-05, moved by 2.89"
+        "peft: 72 tensors, loaded by peft 0.21.2: logits within 2.2e-05 of the trained model's, "
+        "up to 2.89 from the base's"
     )
 
 

@@ -98,3 +98,20 @@ def test_fields_make_the_same_batch_again():
 def test_an_earlier_name_says_the_new_one(old, new):
     with pytest.raises(AttributeError, match=f"{old}.*{new}"):
         getattr(g4.Batch.from_tokens([[2, 7]]), old)
+
+
+def test_image_numbers_are_runs_of_token_types():
+    """Images and video frames; audio is none, and the last column is only a target."""
+    types = [[0, 1, 1, 0, 2, 2, 2, 3, 0], [1, 1, 0, 1, 0, 0, 0, 0, 1]]
+    batch = g4.Batch.from_tokens(np.full((2, 9), 5), mm_token_type_ids=types)
+    assert batch.images_BT.tolist() == [[-1, 0, 0, -1, 1, 1, 1, -1], [0, 0, -1, 1, -1, -1, -1, -1]]
+    assert batch.largest_image == 3 and batch.media is None
+    assert g4.Batch.from_tokens([[5, 6, 7]], mm_token_type_ids=[[0, 3, 0]]).images_BT is None
+
+
+def test_a_batch_with_media_comes_back_from_its_fields():
+    pixels, positions = np.zeros((1, 9, 48)), np.zeros((1, 9, 2), np.int32)
+    batch = g4.Batch.from_tokens([[5, 6, 7]], pixel_values=pixels, image_position_ids=positions)
+    again = g4.Batch(**batch.fields())
+    assert again.media.fields().keys() == {"pixel_values", "image_position_ids"}
+    assert again.media == batch.media

@@ -32,9 +32,10 @@ UNIFIED = hasattr(transformers, "Gemma4UnifiedForConditionalGeneration")
 
 _AUDIO = {
     "hidden_size": 16,
-    "num_hidden_layers": 1,
+    "num_hidden_layers": 2,
     "num_attention_heads": 2,
-    "subsampling_conv_channels": [128, 2],
+    # Normalised over two channels values become signs, and rounding decides over them.
+    "subsampling_conv_channels": [128, 8],
     "output_proj_dims": 16,
 }
 _UNIFIED_VISION = {"patch_size": 2, "pooling_kernel_size": 2, "mm_embed_dim": 16,
@@ -136,7 +137,11 @@ def build_reference(shape: str, folder: Path, encoders: bool = False, seed: int 
         config = transformers.Gemma4UnifiedConfig(text_config=text, **parts, **ids)
         model = transformers.Gemma4UnifiedForConditionalGeneration(config)
     else:
-        parts = {"vision_config": SMALL_VISION, "audio_config": _AUDIO} if encoders else {}
+        large = bool(text["use_bidirectional_attention"])
+        own = {"num_hidden_layers": 2, "position_embedding_size": 24}
+        own |= {"standardize": large, "use_clipped_linears": not large}
+        parts = {"vision_config": {**SMALL_VISION, **own}}
+        parts = {**parts, **({} if large else {"audio_config": _AUDIO})} if encoders else {}
         config = transformers.Gemma4Config(text_config=text, **parts, **ids)
         model = transformers.Gemma4ForConditionalGeneration(config)
     _randomize(model)
@@ -156,10 +161,15 @@ def _randomize(model: torch.nn.Module) -> None:
             elif name.endswith(("q_norm.weight", "k_norm.weight")):
                 # Attention is unscaled: norms near H^-1/4 keep scores in softmax's live range.
                 value.copy_(value.shape[0] ** -0.25 * (1 + 0.1 * noise))
-            elif "norm" in name or name.endswith(("scale", "per_dim_scale")):
+            elif name.endswith(("put_min", "put_max")):
+                # Some of the values are beyond.
+                value.copy_((1.2 + 0.1 * noise) * (1 if name.endswith("max") else -1))
+            elif name.endswith("bias"):
+                value.copy_(0.1 * noise)
+            elif "norm" in name or name.endswith("scale") or "_ln" in name:
                 value.copy_(1 + 0.1 * noise)
             elif isinstance(value, torch.nn.Parameter) and value.ndim > 1:
-                value.copy_(noise * value.shape[-1] ** -0.5)
+                value.copy_(noise * value[0].numel() ** -0.5)
 
 
 def add_tokenizer(folder: Path) -> None:

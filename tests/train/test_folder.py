@@ -63,9 +63,9 @@ class After(g4.Callback):
             self.do()
 
 
-def press_ctrl_c(times: int = 1):
+def press_ctrl_c(times: int = 1, number: int = signal.SIGINT):
     for _ in range(times):
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(number)
 
 
 def no_loading(monkeypatch):
@@ -230,16 +230,20 @@ def test_a_run_that_does_not_begin_leaves_nothing(tiny, rows, tmp_path):
 # ---------------------------------------------------------------- Ctrl-C
 
 
-def test_ctrl_c_ends_the_step_saves_and_evaluates_nothing(tiny, rows, finished, tmp_path):
+@pytest.mark.parametrize("name", ["Ctrl-C", "SIGTERM"])
+def test_ctrl_c_ends_the_step_saves_and_evaluates_nothing(tiny, rows, finished, tmp_path, name):
+    number = {"Ctrl-C": signal.SIGINT, "SIGTERM": signal.SIGTERM}[name]
+    stop = After(3, lambda: press_ctrl_c(number=number))
     with pytest.raises(KeyboardInterrupt, match="to go on: "):
-        train(tiny, rows, tmp_path / "out", callbacks=[After(3, press_ctrl_c)], save_every=100)
+        train(tiny, rows, tmp_path / "out", callbacks=[stop], save_every=100)
     checkpoints = sorted(path.name for path in (tmp_path / "out" / "checkpoints").iterdir())
     assert checkpoints[-1] == "step-000003"
     run = g4.Run.open(tmp_path / "out")
-    assert (run.step, run.stopped) == (3, "Ctrl-C")
+    assert (run.step, run.stopped) == (3, name)
     assert run.history[-1]["val_loss"] is None
     assert "--resume" in repr(run)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
     train(tiny, rows, tmp_path / "out", resume=True, save_every=100)
     name = "adapter/adapters.safetensors"

@@ -144,10 +144,9 @@ def test_clipping_by_global_norm(tiny, count):
 
 def test_a_large_bound_clips_nothing(tiny):
     gemma, _, batch = start(tiny)
-    _, norm = train_step(gemma, optim.SGD(0.0), [batch])
-    assert norm is None
+    _, whole = train_step(gemma, optim.SGD(0.0), [batch])
     _, norm = train_step(gemma, optim.SGD(0.0), [batch], max_grad_norm=1e9)
-    assert math.isfinite(float(norm))
+    assert float(norm) == float(whole) > 0
 
 
 @pytest.mark.parametrize(

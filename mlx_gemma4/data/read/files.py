@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import gzip
-import hashlib
 import io
 import re
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from ... import storage
 from ...errors import DataError, listing
 from ...extras import import_extra
 from ...trust import require_inside
@@ -130,12 +130,9 @@ def _kind(head: bytes, suffix: str) -> str:
 
 
 def hash_file(path: Path) -> str:
-    """SHA-256 of a file's content: gigabytes take seconds, and no change escapes it."""
-    digest = hashlib.sha256()
-    with _readable(path), path.open("rb", buffering=0) as file:
-        while piece := file.read(1 << 22):
-            digest.update(piece)
-    return digest.hexdigest()
+    """As `storage.hash_file`, with a DataError."""
+    with _readable(path):
+        return storage.hash_file(path)
 
 
 def find_files(source: str | Path) -> dict[str, list[DataFile]]:

@@ -25,7 +25,7 @@ import numpy as np
 from ...config import LoraConfig
 from ...errors import AdapterError, ConfigError
 from ...model.names import flat, is_dead, text_model, text_prefix
-from ..attach import low_rank_updates
+from ..attach import low_rank_updates, require_text
 from ..targets import adaptable_modules, keys_of, module_name, resolve_targets
 from .format import (
     CONFIG,
@@ -79,6 +79,7 @@ class MlxLm:
     metadata: Mapping[str, str] = {"format": "mlx"}
     library: Any = MlxLmLibrary()
     hub_library = "mlx"
+    with_encoders = False
     use = f"""\
 ```python
 from huggingface_hub import snapshot_download
@@ -141,6 +142,8 @@ mlx_lm.generate --model {{base}} --adapter-path adapter --prompt "..." \\
         if lora is None:
             return config, flat(backbone.trainable_parameters())
         updates = low_rank_updates(backbone)
+        if not self.with_encoders:
+            require_text(updates, self.name)
         tensors: dict[str, mx.array] = {}
         rank = max(update.rank for update in updates.values())
         scales = [update.scale for update in updates.values()]

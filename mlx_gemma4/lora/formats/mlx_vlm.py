@@ -79,6 +79,7 @@ class MlxVlm(MlxLm):
 
     name = "mlx-vlm"
     library = MlxVlmLibrary()
+    with_encoders = True
     use = """\
 ```python
 from huggingface_hub import snapshot_download

@@ -27,7 +27,7 @@ from ...config import LoraConfig
 from ...errors import AdapterError, listing
 from ...model.checkpoint import mismatches, shapes_of
 from ...model.names import Module, is_dead, text_model, text_prefix
-from ..attach import LowRank, low_rank_updates
+from ..attach import LowRank, low_rank_updates, require_text
 from ..targets import adaptable_modules, module_name
 from .format import PROMPT, Adapter, Files, Read, Stored, alpha_of
 from .stacked import DOWN, GATE_UP, stack, stack_shapes, unstack
@@ -138,6 +138,7 @@ tokenizer = AutoTokenizer.from_pretrained("{{base}}")
         assert adapter.lora is not None
         outer = self._outer(adapter.backbone)
         updates = stack(low_rank_updates(adapter.backbone))
+        require_text(updates, "PEFT")
         tensors: dict[str, mx.array] = {}
         for module, name in _names(outer, updates).items():
             a, b, magnitude = updates[module].a, updates[module].b, updates[module].magnitude
