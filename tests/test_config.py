@@ -29,6 +29,7 @@ FIELD_IDS = [f"{group.__name__}.{item.name}" for group, item in FIELDS]
 
 
 OWN_VALUES = {
+    "train_parts": ["norms", "last-2-layers"],
     "lora_layers": "0-9,20",
     "lora_plus_ratio": 16.0,
     "rematerialize": "none",
@@ -36,7 +37,7 @@ OWN_VALUES = {
     "report_to": ["wandb", "trackio"],
     "min_learning_rate": 5e-5,
 }
-BESIDE = {"weight_decay": {"optimizer": "adamw"}}
+BESIDE = {"train_parts": {"fine_tune_type": "full"}, "weight_decay": {"optimizer": "adamw"}}
 """What a field needs of another, to be a setting at all."""
 
 

@@ -187,13 +187,14 @@ Update = LowRank | Whole
 def updates_of(backbone: nn.Module, plan: Plan) -> dict[str, Update]:
     """The updates that a model carries, by inner name: `layers.3.self_attn.q_proj.weight`.
 
-    LoRA and DoRA layers where it has them; else every weight of its language model.
+    LoRA and DoRA layers where it has them; else the weights of its language model that train.
     """
     if found := low_rank_updates(backbone):
         return {f"{_inner(module)}.weight": update for module, update in found.items()}
-    weights = flat(text_model(backbone).parameters())
+    weights = flat(text_model(backbone).trainable_parameters())
     if not plan.tied:
-        weights["lm_head.weight"] = lm_head(backbone).weight
+        head = lm_head(backbone).trainable_parameters()
+        weights |= {f"lm_head.{name}": value for name, value in flat(head).items()}
     return {name: Whole(value) for name, value in weights.items()}
 
 

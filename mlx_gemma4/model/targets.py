@@ -1,12 +1,13 @@
-"""Which modules of the layers a LoraConfig adapts, and with which rank and scale."""
+"""Which modules a LoraConfig adapts, with which rank and scale, and what parts of a model are."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from ..config import LoraConfig
-from ..errors import AdapterError
+from ..errors import AdapterError, ConfigError
 from .names import ALL_LINEAR, ENCODERS, PRESETS, Module, is_meant
 
 
@@ -88,3 +89,38 @@ def settings_of(config: LoraConfig, module: Module) -> tuple[int, float]:
 
     rank = own(config.rank_pattern, config.rank)
     return rank, config.scale_of(rank, own(config.alpha_pattern, config.alpha))
+
+
+def chosen_weights(parts: Iterable[str], names: Collection[str], num_layers: int) -> set[str]:
+    """The weights that parts mean, of the inner names of a language model's.
+
+    A part is `norms`, `last-N-layers` (whole), or a word of lora_targets but `all-linear`.
+
+    Raises:
+        ConfigError: a part that the model does not have.
+    """
+    chosen = set[str]()
+    for part in parts:
+        found = {name for name in names if _is_of(name, part, num_layers)}
+        if not found:
+            raise ConfigError(
+                f"train_parts names {part!r}, which the model does not have",
+                wanted=f"norms, last-N-layers of {num_layers}, {', '.join(PRESETS)}, or a module "
+                "of the layers such as q_proj",
+                do="change train_parts",
+            )
+        chosen |= found
+    return chosen
+
+
+def _is_of(name: str, part: str, num_layers: int) -> bool:
+    module = name.rpartition(".")[0]
+    if part == "norms":
+        return "norm" in module.rpartition(".")[2]
+    layer = re.match(r"layers\.(\d+)\.", name)
+    if layer is None or part == ALL_LINEAR:
+        return False
+    index = int(layer[1])
+    if last := re.fullmatch(r"last-(\d+)-layers", part):
+        return num_layers >= int(last[1]) >= num_layers - index
+    return is_meant((index, module.removeprefix(layer[0])), part)

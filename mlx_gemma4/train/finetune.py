@@ -103,7 +103,8 @@ def finetune(
     total = _total_steps(order, config)
     optimizer = make_optimizer(config, total, gemma.backbone.trainable_parameters())
     layers, memory, note = run_memory(gemma, data.train, config, order, optimizer, objective)
-    notes = [note, *filter(None, [router_risk(gemma.backbone), *data.facts.prompts])]
+    parts = f"only these parts train: {', '.join(config.train_parts)}" if config.train_parts else ""
+    notes = [note, *filter(None, [parts, router_risk(gemma.backbone), *data.facts.prompts])]
     run = Run(gemma, notes, output=output.path if output else None)
     settings = flatten(config, data.config, *([gemma.lora] if gemma.lora else []))
     settings |= {"model": gemma.name, "data": data.source}
@@ -215,7 +216,10 @@ def _prepare(gemma: Gemma4, config: TrainConfig, lora: LoraConfig | None) -> Non
                 wanted="LoRA or full fine-tuning",
                 do="leave out lora, and load the model without adapter; or set fine_tune_type lora",
             )
-        gemma.train_all()
+        if config.train_parts:
+            gemma.train_parts(config.train_parts)
+        else:
+            gemma.train_all()
     elif gemma.lora is None and gemma.adapter is not None:
         raise TrainingError(
             f"{gemma.adapter} holds whole weights, and fine_tune_type is lora",
