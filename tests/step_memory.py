@@ -27,6 +27,7 @@ from mlx_gemma4.model.names import PLE_TABLE, flat, text_model
 from mlx_gemma4.model.plan import FULL, SLIDING, Plan
 from mlx_gemma4.model.quantize import Packing
 from mlx_gemma4.nn.batch import StepOptions
+from mlx_gemma4.train.masters import with_masters
 from mlx_gemma4.train.step import CompiledStep, gradients, loss_and_grads, train_step
 
 SIZE = {
@@ -82,8 +83,9 @@ def build_model(
     else:
         gemma.add_lora(settings.lora)
     backbone.train()
-    optimizer = optim.Adam(1e-4, bias_correction=True)
-    optimizer.init(backbone.trainable_parameters())
+    trainable = backbone.trainable_parameters()
+    optimizer = with_masters(optim.Adam(1e-4, bias_correction=True), trainable)
+    optimizer.init(trainable)
     mx.eval(backbone.parameters(), optimizer.state)
     return gemma, optimizer
 
@@ -145,11 +147,11 @@ def measured(
         sums, grads = gradients(gemma, batch, options=options)
         mx.eval(sums.loss, grads)
     elif settings.compiled:
-        sums, _ = CompiledStep(gemma, optimizer, options=options)([batch])
+        sums, norm = CompiledStep(gemma, optimizer, options=options)([batch])
     else:
-        sums, _ = train_step(gemma, optimizer, [batch], options=options)
+        sums, norm = train_step(gemma, optimizer, [batch], options=options)
     if not gradients_alone:
-        mx.eval(sums.loss, gemma.backbone.trainable_parameters(), optimizer.state)
+        mx.eval(sums.loss, norm, gemma.backbone.trainable_parameters(), optimizer.state)
     return resident - (0 if built else before), mx.get_peak_memory() - resident
 
 

@@ -88,6 +88,7 @@ def test_ctrl_c_saves_and_the_printed_command_goes_on(tiny, rows, tmp_path):
         shell=True, capture_output=True, text=True, cwd=ROOT,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert f"going on after step {step}\n" in done.stdout
     assert f"step {step + 1} of {step + 1}:" in done.stdout
 
 

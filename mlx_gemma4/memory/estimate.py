@@ -40,7 +40,7 @@ dropout wrong."""
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 MOMENTS = {"adam": 2, "adamw": 2, "lion": 1, "muon": 1, "sgd": 1, "adafactor": 0}
-"""Arrays that an optimizer of MLX keeps of the size of each trained one, in that one's dtype. SGD
+"""Arrays that an optimizer of MLX keeps of the size of each trained one, in float32. SGD
 makes its velocity without momentum too; Adafactor keeps a row and a column of a matrix."""
 
 _ADAPTER_BYTES = 4
@@ -161,12 +161,16 @@ def estimate(plan: Plan, settings: StepSettings) -> Estimate:
         trained = weights - len(plan.layers) * settings.itemsize  # layer scalars do not train
     else:
         trained = _adapters(plan, settings.lora)
+    # Weights in half precision that train have float32 masters, and so are the moments.
+    updated, copies = trained, settings.moments
+    if settings.lora is None and settings.itemsize == 2:
+        updated, copies = 2 * trained, copies + 1
     resident = {
         "weights": weights,
         "adapters": trained if settings.lora else 0,
-        "optimizer state": settings.moments * trained,
+        "optimizer state": copies * updated,
     }
-    step = _step(plan, settings, trained)
+    step = _step(plan, settings, updated)
     return Estimate(sum(resident.values()), sum(step.values()), resident | step)
 
 

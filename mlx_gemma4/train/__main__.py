@@ -81,13 +81,14 @@ def _train(
         read_prompts(config.sample_prompts)
     model, data_folder = settings.model, settings.data
     own = model in (None, str(embedded.model_folder()))
-    if own:
+    if own and not folder.resumed:
         print(
             "no --model given: training a small Gemma 4 made on this machine, on the docstrings "
             "of Python's standard library\nfor a real one: python -m mlx_gemma4.train "
             "--model google/gemma-4-E2B-it --data my_data/",
             flush=True,
         )
+    if own:
         base, docstrings = embedded.prepare()
         model, data_folder = str(base), data_folder or str(docstrings)
     gemma = load(str(model), settings.init_from, quantize=settings.quantize)
@@ -146,10 +147,10 @@ def _tell(summary: Mapping[str, Any], prompt: str, quantize: list[str], verbose:
             f"{summary['resident_before_gb']:.3f} GB; the step was compiled "
             f"{summary['compilations']} times"
         )
-    words = ["--model", summary["model"], *quantize, "--adapter", summary["adapter"]]
-    words += ["--prompt", prompt]
+    output = Path(summary["adapter"]).parent
+    words = ["--adapter", str(output), *quantize, "--prompt", prompt]
     print(f"adapter: {summary['adapter']}")
-    print(f"report: {Path(summary['adapter']).with_name('report.html')}")
+    print(f"report: {output / 'report.html'}")
     print(f"try it: python -m mlx_gemma4.generate {shlex.join(words)}")
 
 

@@ -182,6 +182,7 @@ def _checkpoints(
     progress, damage = checkpoints.restore(run.gemma, optimizer)
     run.notes += [*damage, checkpoints.note(run.gemma, optimizer)]
     if progress.step:
+        run.notes.append(f"going on after step {progress.step}")
         run.step = progress.step
         reports = read_metrics(folder.path / METRICS)
         run.history = [report for report in reports if report["step"] <= run.step]

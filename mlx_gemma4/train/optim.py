@@ -11,6 +11,7 @@ import mlx.optimizers as optim
 
 from ..config import TrainConfig
 from ..model.names import flat
+from .masters import with_masters
 
 Schedule = Callable[[mx.array], mx.array]
 
@@ -29,7 +30,8 @@ def make_optimizer(config: TrainConfig, total_steps: int, parameters: Any) -> op
     Weight decay leaves out vectors and scalars: norms, biases, DoRA's magnitudes. Muon is for
     matrices; embeddings, the head, stacked experts and vectors get AdamW beside it. LoRA+ (Hayou
     et al. 2024, arXiv:2402.12354) gives B and, as PEFT does, DoRA's magnitudes a rate that is
-    `lora_plus_ratio` times that of A; the optimizer's `learning_rate` is that of A.
+    `lora_plus_ratio` times that of A; the optimizer's `learning_rate` is that of A. Weights
+    in half precision have float32 masters.
 
     Args:
         config: optimizer, learning rate and its schedule, weight decay.
@@ -48,6 +50,7 @@ def make_optimizer(config: TrainConfig, total_steps: int, parameters: Any) -> op
     optimizers = [make(group) for group in groups]
     filters = [lambda *named, own=group: group_of(*named) == own for group in groups[:-1]]
     optimizer = optim.MultiOptimizer(optimizers, filters) if filters else optimizers[0]
+    optimizer = with_masters(optimizer, parameters)
     optimizer.init(parameters)
     return optimizer
 

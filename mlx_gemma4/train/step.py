@@ -93,8 +93,6 @@ def train_step(
 ) -> tuple[Sums, mx.array]:
     """One optimizer step over the batches of an accumulation, as if they were one.
 
-    Where the loss or the gradient is not finite, weights and optimizer state stay as they were.
-
     Args:
         max_grad_norm: larger gradients are scaled down to this global norm; None scales nothing.
 
@@ -118,23 +116,14 @@ def train_step(
     if max_grad_norm is not None:
         factor = mx.minimum(max_grad_norm / (norm + 1e-6), 1.0)
         means = tree_map(lambda grad: grad * factor.astype(grad.dtype), means)
-    before = flat(gemma.backbone.trainable_parameters()), flat(optimizer.state)
     optimizer.update(gemma.backbone, means)
-    is_finite = mx.isfinite(norm) & mx.isfinite(totals.loss)
-
-    def chosen(tree: Any, old: dict[str, mx.array]) -> Any:
-        def choose(path: str, new: mx.array) -> mx.array:
-            return mx.where(is_finite, new, old.get(path, new))
-
-        return tree_map_with_path(choose, tree)
-
-    gemma.backbone.update(chosen(gemma.backbone.trainable_parameters(), before[0]))
-    optimizer.state = chosen(optimizer.state, before[1])
     return totals, norm
 
 
 class CompiledStep:
     """`train_step`, compiled once for every set of shapes that it meets; plain before MLX 0.32.
+
+    Where the loss or the gradient is not finite, weights and optimizer state stay as they were.
 
     Args:
         gemma, optimizer, objective, options, max_grad_norm: as in `train_step`; the key of the
@@ -178,8 +167,20 @@ class CompiledStep:
     def _pure(self, parameters: Any, state: Any, batches: Any, key: mx.array | None) -> Any:
         self.compilations += COMPILES
         backbone, optimizer = self._gemma.backbone, self._optimizer
+        before = flat(parameters), flat(state)  # an optimizer writes into the state it is given
         backbone.update(parameters)
         optimizer.state = state
         options = replace(self._options, key=key)
         sums, norm = self._plain([Batch(**fields) for fields in batches], options=options)
-        return _fields(sums), norm, backbone.trainable_parameters(), optimizer.state
+        is_finite = mx.isfinite(norm) & mx.isfinite(sums.loss)
+        parameters = _chosen(is_finite, backbone.trainable_parameters(), before[0])
+        return _fields(sums), norm, parameters, _chosen(is_finite, optimizer.state, before[1])
+
+
+def _chosen(condition: mx.array, new: Any, old: dict[str, mx.array]) -> Any:
+    """The tree `new`, with the values of `old` where the condition does not hold."""
+
+    def choose(path: str, value: mx.array) -> mx.array:
+        return mx.where(condition, value, old.get(path, value))
+
+    return tree_map_with_path(choose, new)
