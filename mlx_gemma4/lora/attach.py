@@ -187,11 +187,13 @@ Update = LowRank | Whole
 def updates_of(backbone: nn.Module, plan: Plan) -> dict[str, Update]:
     """The updates that a model carries, by inner name: `layers.3.self_attn.q_proj.weight`.
 
-    LoRA and DoRA layers where it has them; else the weights of its language model that train.
+    LoRA and DoRA layers where it has them; else the weights of its language model that train,
+    or all where none does.
     """
     if found := low_rank_updates(backbone):
         return {f"{_inner(module)}.weight": update for module, update in found.items()}
-    weights = flat(text_model(backbone).trainable_parameters())
+    text = text_model(backbone)
+    weights = flat(text.trainable_parameters()) or flat(text.parameters())
     if not plan.tied:
         head = lm_head(backbone).trainable_parameters()
         weights |= {f"lm_head.{name}": value for name, value in flat(head).items()}
