@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> None:
                 "training",
                 only=("memory", "batch_size", "fine_tune_type", "attention"),
             ),
-            Part(LoraConfig, "LoRA", only=("rank", "targets", "num_layers", "use_dora")),
+            Part(LoraConfig, "LoRA", only=("rank", "targets", "layers", "num_layers", "use_dora")),
         ],
         arguments,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import mlx.nn as nn
 from .config import LoraConfig
 from .errors import AdapterError, CapabilityError, ConfigError, ModelError
 from .lora.attach import adapted_modules, attach_lora
-from .lora.state import load_adapter
+from .lora.state import load_adapter, unfreeze
 from .lora.targets import resolve_targets
 from .model.conversation import Prompt
 from .model.download import resolve
@@ -23,6 +23,7 @@ from .model.names import flat, is_frozen_buffer, lm_head, text_model
 from .model.plan import Plan, read_config
 from .model.processor import ImageSettings, read_image_settings
 from .model.quantize import Policy, described
+from .model.targets import chosen_weights
 from .model.tokenizer import end_tokens, load_processor, load_tokenizer
 from .nn.batch import Batch
 from .nn.forward import forward
@@ -77,6 +78,7 @@ def load(
         images=read_image_settings(folder, loaded.plan),
     )
     if adapter is not None:
+        gemma.adapter = str(adapter)
         gemma.lora = load_adapter(gemma.backbone, gemma.plan, adapter)
     return gemma
 
@@ -92,6 +94,7 @@ class Gemma4:
         processor: mlx-vlm's processor where encoders were loaded.
         end_tokens: token ids on which an answer ends.
         quantize: how it was quantized while loading, as asked for.
+        adapter: the adapter that it was loaded with.
         lora: the settings of the LoRA layers on it, if any.
         images: how images become patches, if the checkpoint says so.
     """
@@ -102,6 +105,7 @@ class Gemma4:
     processor: Any
     end_tokens: frozenset[int]
     quantize: str | None = None
+    adapter: str | None = None
     lora: LoraConfig | None = None
     images: ImageSettings | None = None
 
@@ -156,16 +160,29 @@ class Gemma4:
             ModelError: quantized weights, which have no gradient.
         """
         text = self.backbone if encoders else text_model(self.backbone)
-        if any("scales" in module for module in text.modules()):
-            wanted = "full precision: quantized weights have no gradient"
-            do = "train LoRA, or load the original checkpoint"
-            raise ModelError("the model is quantized", wanted=wanted, do=do)
+        _require_gradients(text)
         for module in text.modules():
             module.unfreeze(recurse=False)
             if buffers := [name for name in module if is_frozen_buffer(name)]:
                 module.freeze(recurse=False, keys=buffers)
         if not self.plan.tied:
             lm_head(self.backbone).unfreeze()
+
+    def train_parts(self, parts: Collection[str]) -> None:
+        """Let some weights of the language model train, beside what trains already.
+
+        Args:
+            parts: `norms`, `last-N-layers`, or words of LoRA's targets: `ple-projections`, `mlp`,
+                `experts`, `q_proj`, ...
+
+        Raises:
+            ConfigError: a part that the model does not have.
+            ModelError: quantized weights, which have no gradient.
+        """
+        text = text_model(self.backbone)
+        _require_gradients(text)
+        names = [name for name in flat(text.parameters()) if not is_frozen_buffer(name)]
+        unfreeze(text, chosen_weights(parts, names, len(self.plan.layers)))
 
     def generate(self, prompt: Prompt, **options: Any) -> str:
         """Answer a prompt through the chat template; options as in `stream`.
@@ -215,3 +232,10 @@ class Gemma4:
         if self.lora:
             lines.append(f"  LoRA:    rank {self.lora.rank} on {', '.join(self.lora.targets)}")
         return "\n".join(lines)
+
+
+def _require_gradients(module: nn.Module) -> None:
+    if any("scales" in part for part in module.modules()):
+        wanted = "full precision: quantized weights have no gradient"
+        do = "train LoRA, or load the original checkpoint"
+        raise ModelError("the model is quantized", wanted=wanted, do=do)

@@ -29,12 +29,15 @@ FIELD_IDS = [f"{group.__name__}.{item.name}" for group, item in FIELDS]
 
 
 OWN_VALUES = {
+    "train_parts": ["norms", "last-2-layers"],
+    "lora_layers": "0-9,20",
+    "lora_plus_ratio": 16.0,
     "rematerialize": "none",
     "resume": "auto",
     "report_to": ["wandb", "trackio"],
     "min_learning_rate": 5e-5,
 }
-BESIDE = {"weight_decay": {"optimizer": "adamw"}}
+BESIDE = {"train_parts": {"fine_tune_type": "full"}, "weight_decay": {"optimizer": "adamw"}}
 """What a field needs of another, to be a setting at all."""
 
 
@@ -64,9 +67,7 @@ def test_defaults():
     assert (train.learning_rate, train.lr_schedule, train.warmup_steps) == (1e-4, "constant", 0)
     assert (train.seed, train.rematerialize, train.val_batches) == (0, "auto", None)
     assert (lora.rank, lora.alpha, lora.dropout, lora.num_layers) == (8, 16.0, 0.0, -1)
-    assert lora.targets == (
-        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
-    )  # fmt: skip
+    assert lora.targets == ("attention", "mlp")
 
 
 def test_scale_is_alpha_over_rank():
@@ -196,6 +197,17 @@ def test_no_target_at_all_is_refused():
         LoraConfig(targets=())
 
 
+def test_layers_by_number_and_number_of_layers_exclude_each_other():
+    with pytest.raises(ConfigError, match="lora_layers is 0-3 and num_layers is 2"):
+        LoraConfig(layers="0-3", num_layers=2)
+
+
+@pytest.mark.parametrize("layers", ["", "3-1", "-2", "1-", "a", "1;2", "0-3,", "1.5"])
+def test_layers_that_are_none(layers):
+    with pytest.raises(ConfigError, match=r"lora_layers is .*\n.*such as 0-9,20"):
+        LoraConfig(layers=layers)
+
+
 def test_iters_and_epochs_exclude_each_other():
     with pytest.raises(ConfigError) as error:
         TrainConfig(iters=5, epochs=2)
@@ -276,7 +288,7 @@ def test_a_flag_wins_over_yaml_and_yaml_over_the_default(tmp_path):
     path = tmp_path / "settings.yaml"
     path.write_text("batch_size: 2\nseed: 5\nlora_rank: 3\npacking: true\n")
     arguments = "--model m --data d --output o --seed 9 --lora-targets q_proj --no-packing"
-    run, data, train, lora = _settings(["--config", str(path), *arguments.split()])
+    run, data, train, lora, _ = _settings(["--config", str(path), *arguments.split()])
     assert (train.seed, train.batch_size, train.packing) == (9, 2, False)
     assert (lora.rank, lora.targets, lora.alpha) == (3, ("q_proj",), 16.0)
     assert (run.model, data) == ("m", DataConfig())
@@ -292,13 +304,13 @@ def test_yaml_may_name_model_data_and_output(tmp_path):
 def test_without_a_model_the_embedded_settings_are_the_defaults(tmp_path):
     from mlx_gemma4.train.embedded import DEFAULTS
 
-    _, data, train, lora = _settings(["--output", "o", "--batch-size", "3"])
+    _, data, train, lora, _ = _settings(["--output", "o", "--batch-size", "3"])
     assert (train.iters, train.batch_size) == (DEFAULTS["iters"], 3)
     assert (data.max_seq_length, lora.rank) == (DEFAULTS["max_seq_length"], DEFAULTS["lora_rank"])
 
 
 def test_epochs_take_the_place_of_the_embedded_iters():
-    _, _, train, _ = _settings(["--output", "o", "--epochs", "0.5"])
+    _, _, train, *_ = _settings(["--output", "o", "--epochs", "0.5"])
     assert (train.iters, train.epochs) == (None, 0.5)
 
 

@@ -26,6 +26,11 @@ class RunConfig(Settings):
     save_quantized: str | None = setting(
         None, "with quantize: write the quantized model to this folder first, and use that"
     )
+    init_from: str | None = setting(
+        None,
+        "train an adapter further: of ours, mlx-lm, mlx-vlm or PEFT; its rank, alpha, targets and "
+        "dropout stay",
+    )
     data: str | None = setting(
         None,
         "a folder with train (valid, test) files, one file, or a Hub dataset; "

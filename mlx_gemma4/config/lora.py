@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ..errors import ConfigError
 from .schema import Settings, flatten, setting, wrong
 
 
@@ -21,9 +23,13 @@ class LoraConfig(Settings):
     alpha: float = setting(16.0, "scale the update by alpha / rank", prefix="lora_", above=0.0)
     dropout: float = setting(0.0, "share of its inputs dropped", prefix="lora_", at_least=0.0)
     targets: tuple[str, ...] = setting(
-        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-        "modules to adapt: short names, paths within a layer, `experts`, or `all-linear`",
+        ("attention", "mlp"),
+        "modules to adapt: attention, mlp, experts, ple-projections, all-linear (all but the "
+        "router), or single ones: q_proj, router.proj, layers.3.mlp.up_proj",
         prefix="lora_",
+    )
+    layers: str | int | None = setting(
+        None, "adapt only these layers, from 0: 0-9,20; default: all", prefix="lora_"
     )
     num_layers: int = setting(-1, "adapt only the last N layers; -1 is all", at_least=-1)
     use_rslora: bool = setting(False, "scale by alpha / sqrt(rank), for high ranks")
@@ -43,11 +49,22 @@ class LoraConfig(Settings):
             raise wrong("lora_dropout", self.dropout, "below 1")
         if self.num_layers == 0:
             raise wrong("num_layers", 0, "1 or more, or -1 for all")
+        if self.layers is not None and self.num_layers != -1:
+            found = f"lora_layers is {self.layers} and num_layers is {self.num_layers}"
+            raise ConfigError(found, wanted="one of them", do="leave out lora_layers or num_layers")
+        if self.layers is not None and not all(self.layer_spans):
+            raise wrong("lora_layers", self.layers, "layers and ranges of them, such as 0-9,20")
         if not self.targets:
             raise wrong("lora_targets", "empty", "at least one module")
 
     def __hash__(self) -> int:
         return hash(repr(sorted(flatten(self).items(), key=lambda pair: pair[0])))
+
+    @property
+    def layer_spans(self) -> list[range]:
+        """The ranges of `layers`; an empty one for each that is none."""
+        spans = [re.fullmatch(r"(\d+)(?:-(\d+))?", part) for part in str(self.layers).split(",")]
+        return [range(int(s[1]), int(s[2] or s[1]) + 1) if s else range(0) for s in spans]
 
     @property
     def scale(self) -> float:

@@ -18,6 +18,11 @@ class TrainConfig(Settings):
     fine_tune_type: Literal["lora", "full"] = setting(
         "lora", "train LoRA adapters, or every weight of the language model"
     )
+    train_parts: tuple[str, ...] | None = setting(
+        None,
+        "full fine-tuning of these parts only: norms, last-N-layers, and words of lora_targets "
+        "such as ple-projections; default: all",
+    )
     iters: int | None = setting(None, "optimizer steps; default: one epoch", at_least=1)
     epochs: float | None = setting(None, "passes over the data, instead of iters", above=0.0)
     packing: bool = setting(
@@ -38,6 +43,9 @@ class TrainConfig(Settings):
         "hundreds of updates are larger, as in MLX and mlx-lm",
     )
     learning_rate: float = setting(1e-4, "the optimizer's learning rate", at_least=0.0)
+    lora_plus_ratio: float | None = setting(
+        None, "LoRA+: the learning rate of B over that of A; default: both are one", at_least=1.0
+    )
     lr_schedule: Literal["constant", "linear", "cosine"] = setting(
         "constant", "how the learning rate falls over the run"
     )
@@ -94,6 +102,19 @@ class TrainConfig(Settings):
                 f"weight_decay is {self.weight_decay} and optimizer is adam",
                 wanted="an optimizer that has weight decay",
                 do="take optimizer adamw, or leave out weight_decay",
+            )
+        if self.train_parts is not None and (self.fine_tune_type == "lora" or not self.train_parts):
+            raise ConfigError(
+                f"fine_tune_type is {self.fine_tune_type} and train_parts is "
+                f"{', '.join(self.train_parts) or 'empty'}",
+                wanted="full fine-tuning, and parts of the model",
+                do="set fine_tune_type full, or leave out train_parts",
+            )
+        if self.lora_plus_ratio is not None and self.fine_tune_type == "full":
+            raise ConfigError(
+                f"fine_tune_type is full and lora_plus_ratio is {self.lora_plus_ratio}",
+                wanted="LoRA or full fine-tuning",
+                do="leave out lora_plus_ratio, or set fine_tune_type lora",
             )
         if unknown := sorted({*self.report_to} - {*_SERVICES}):
             raise wrong("report_to", ", ".join(unknown), "some of " + ", ".join(_SERVICES))

@@ -18,7 +18,16 @@ from mlx.utils import tree_unflatten
 
 from ..config import LoraConfig
 from ..errors import AdapterError
-from ..model.names import ENCODERS, EXPERTS, Module, flat, is_meant, lm_head, text_model
+from ..model.names import (
+    ENCODERS,
+    EXPERTS,
+    ROUTER,
+    Module,
+    flat,
+    is_meant,
+    lm_head,
+    text_model,
+)
 from ..model.plan import Plan
 from ..model.targets import settings_of
 from ..nn.dropout import KeyedDropout
@@ -58,6 +67,16 @@ def lora_layers(backbone: nn.Module) -> Iterator[tuple[int, str, Any]]:
 def adapted_modules(backbone: nn.Module) -> Counter[str]:
     """How many modules of each path within a layer carry LoRA."""
     return Counter(path for _, path, _ in lora_layers(backbone))
+
+
+def router_risk(backbone: nn.Module) -> str | None:
+    """A warning where LoRA adapts the router of a MoE."""
+    if ROUTER not in adapted_modules(backbone):
+        return None
+    return (
+        f"warning: {ROUTER} is adapted. Tokens may move to other experts than those that learned "
+        "them, and a few experts may come to take most tokens"
+    )
 
 
 @contextmanager
@@ -168,13 +187,16 @@ Update = LowRank | Whole
 def updates_of(backbone: nn.Module, plan: Plan) -> dict[str, Update]:
     """The updates that a model carries, by inner name: `layers.3.self_attn.q_proj.weight`.
 
-    LoRA and DoRA layers where it has them; else every weight of its language model.
+    LoRA and DoRA layers where it has them; else the weights of its language model that train,
+    or all where none does.
     """
     if found := low_rank_updates(backbone):
         return {f"{_inner(module)}.weight": update for module, update in found.items()}
-    weights = flat(text_model(backbone).parameters())
+    text = text_model(backbone)
+    weights = flat(text.trainable_parameters()) or flat(text.parameters())
     if not plan.tied:
-        weights["lm_head.weight"] = lm_head(backbone).weight
+        head = lm_head(backbone).trainable_parameters()
+        weights |= {f"lm_head.{name}": value for name, value in flat(head).items()}
     return {name: Whole(value) for name, value in weights.items()}
 
 

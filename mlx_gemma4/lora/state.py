@@ -22,7 +22,7 @@ from ..trust import require_harmless
 from .attach import Update, Whole, attach_lora, require_effect, updates_of
 from .formats import base_of, format_of
 from .formats.format import CONFIG, Files, Read, Stored
-from .formats.mlx_lm import MlxLm, config_of
+from .formats.mlx_lm import PARAMETERS, MlxLm, config_of
 from .targets import keys_of
 
 
@@ -99,11 +99,14 @@ def load_adapter(backbone: nn.Module, plan: Plan, folder: str | Path) -> LoraCon
             wanted="the adapter of this model, whole",
             do="name the model that the adapter was trained on",
         )
-    backbone.load_weights(list(read.tensors.items()), strict=False)
+    tensors = read.tensors
     if lora is None:
-        _unfreeze(backbone, read.tensors)
+        unfreeze(backbone, tensors)
+    else:  # they train in float32, whatever they were saved in
+        tensors = {name: value.astype(wanted[name].dtype) for name, value in tensors.items()}
+    backbone.load_weights(list(tensors.items()), strict=False)
     require_effect(backbone, str(folder))
-    mx.eval(read.tensors)
+    mx.eval(tensors)
     return lora
 
 
@@ -170,10 +173,12 @@ def read_files(folder: Path) -> Files:
 def _wanted_of_full(
     backbone: nn.Module, config: Mapping[str, Any], weights: Mapping[str, Any]
 ) -> dict[str, mx.array]:
-    """What fully fine-tuned weights must hold: the last num_layers layers, whole.
+    """What fully fine-tuned weights must hold: what the config lists, or the last layers, whole.
 
     Of the parts around the layers all or none, since mlx-lm trains none and we train all.
     """
+    if isinstance(listed := config.get(PARAMETERS), list):
+        return {name: v for name, v in flat(backbone.parameters()).items() if name in listed}
     prefix, count = text_prefix(backbone), len(text_model(backbone).layers)
     first = count - int(config.get("num_layers", count))
     layers = tuple(f"{prefix}layers.{i}." for i in range(max(0, first), count))
@@ -188,10 +193,11 @@ def _wanted_of_full(
     }
 
 
-def _unfreeze(backbone: nn.Module, names: Collection[str]) -> None:
-    for path, module in backbone.named_modules():
-        if keys := [key for key in module if f"{path}.{key}" in names]:
-            module.unfreeze(recurse=False, keys=keys)
+def unfreeze(module: nn.Module, names: Collection[str]) -> None:
+    """Let the weights of these names train."""
+    for path, part in module.named_modules():
+        if keys := [key for key in part if f"{path}.{key}" in names]:
+            part.unfreeze(recurse=False, keys=keys)
 
 
 def _targets_of(read: Read, backbone: nn.Module) -> tuple[tuple[str, ...], int]:

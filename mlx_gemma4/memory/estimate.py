@@ -22,10 +22,11 @@ import mlx.core as mx
 
 from ..config import LoraConfig
 from ..errors import ConfigError
-from ..model.names import EXPERTS, is_meant
+from ..model.names import EXPERTS, ROUTER, is_meant
 from ..model.plan import LayerPlan, Plan
-from ..model.quantize import ROUTER, Packing
-from ..model.targets import chosen_modules, settings_of
+from ..model.quantize import ROUTER as ROUTER_PACKING
+from ..model.quantize import Packing
+from ..model.targets import chosen_layers, chosen_modules, settings_of
 from ..nn.attention import _AUTO_BYTES, _queries_of_a_block
 from ..nn.forward import _LEAST_POSITIONS, _PIECE_BYTES
 from ..nn.head import _chunk_size, _slab_size
@@ -66,8 +67,6 @@ the old ones are free."""
 
 _EXPERT_GELU = 6
 """Arrays of the experts' width that their activation keeps: mlx-lm's own, not gelu_times."""
-
-_ROUTER = "router.proj"
 
 
 @dataclass(frozen=True)
@@ -192,7 +191,7 @@ def _weights(plan: Plan, s: StepSettings) -> int:
 
 def _stored(path: str, shape: tuple[int, ...], s: StepSettings) -> int:
     """Bytes of a matrix; quantized ones have a scale, most of them a bias, for each group."""
-    packing = ROUTER if s.packing and path == _ROUTER else s.packing
+    packing = ROUTER_PACKING if s.packing and path == ROUTER else s.packing
     count = math.prod(shape)
     if packing is None or shape[-1] % packing.group_size:
         return count * s.itemsize
@@ -221,7 +220,7 @@ def _modules(plan: Plan, layer: LayerPlan) -> dict[str, tuple[int, ...]]:
     if plan.moe:
         E, W = plan.moe.num_experts, plan.moe.width
         shapes |= dict(zip(EXPERTS, [(E, W, D), (E, W, D), (E, D, W)]))
-        shapes[_ROUTER] = (E, D)
+        shapes[ROUTER] = (E, D)
     return shapes
 
 
@@ -242,7 +241,7 @@ def _adapters(plan: Plan, lora: LoraConfig) -> int:
 
 def _ranks(plan: Plan, layer: LayerPlan, lora: LoraConfig | None) -> dict[str, int]:
     """The rank of each module of a layer that LoRA adapts, by its path."""
-    if lora is None or 0 <= lora.num_layers < len(plan.layers) - layer.index:
+    if lora is None or layer.index not in chosen_layers(lora, len(plan.layers)):
         return {}
     modules = {path: (layer.index, path) for path in _modules(plan, layer)}
     return {
@@ -376,5 +375,5 @@ def _kept(plan: Plan, layer: LayerPlan, s: StepSettings) -> tuple[int, int]:
         k, W = plan.moe.top_k, plan.moe.width
         rest += product(k * D, *EXPERTS[:2]) + product(k * W, EXPERTS[2])
         rest += x * k * (_EXPERT_GELU * W + D)  # the activation, and each expert's output
-        rest += 2 * norm(D) + product(D, _ROUTER) + full * 2 * x * D
+        rest += 2 * norm(D) + product(D, ROUTER) + full * 2 * x * D
     return s.positions * kept, s.positions * rest

@@ -117,24 +117,31 @@ Modules of encoders and projectors have the index ENCODERS, and their whole path
 
 ENCODERS = -1
 
-_SHORT = {
-    **{name: f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")},
-    **{name: f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")},
+ATTENTION = tuple(f"self_attn.{name}_proj" for name in "qkvo")
+MLP = tuple(f"mlp.{name}_proj" for name in ("gate", "up", "down"))
+EXPERTS = tuple(f"experts.switch_glu.{name}_proj" for name in ("gate", "up", "down"))
+ROUTER = "router.proj"
+PRESETS = {
+    "attention": ATTENTION,
+    "mlp": MLP,
+    "experts": EXPERTS,
+    "ple-projections": ("per_layer_input_gate", "per_layer_projection"),
 }
 ALL_LINEAR = "all-linear"  # PEFT's word for every module that LoRA can adapt
-EXPERTS = tuple(f"experts.switch_glu.{name}" for name in ("gate_proj", "up_proj", "down_proj"))
+_SHORT = {path.rpartition(".")[2]: path for path in (*ATTENTION, *MLP)}
 
 
 def is_meant(module: Module, word: str) -> bool:
     """Whether a word of lora_targets or a pattern means a module.
 
-    Of encoders that is a path or the beginning of one: `vision_tower`, `embed_audio`.
+    The router is meant by its own path alone; encoders by a path or the beginning of one:
+    `vision_tower`, `embed_audio`.
     """
     index, path = module
     if index == ENCODERS:
         return path == word or path.startswith(word + ".")
     if word == ALL_LINEAR:
-        return True
-    if word == "experts":
-        return path in EXPERTS
+        return path != ROUTER
+    if word in PRESETS:
+        return path in PRESETS[word]
     return _SHORT.get(word, word) in (path, f"layers.{index}.{path}")

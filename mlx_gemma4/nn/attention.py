@@ -70,9 +70,10 @@ def _blockwise(mask: AttentionMask, queries: int):
 
     def scores(q, k, first: int, end: int, keys: slice) -> mx.array:
         """(B, K, G, C, S) in float32, -inf where the mask forbids it."""
-        s = (_grouped(q, k) @ k[:, :, keys].swapaxes(-1, -2)).astype(mx.float32)
-        s = mx.unflatten(s, 2, (-1, end - first))
-        return mx.where(mask.block(first, end, keys.start, keys.stop), s, -mx.inf)
+        s = mx.unflatten(_grouped(q, k) @ k[:, :, keys].swapaxes(-1, -2), 2, (-1, end - first))
+        # Cast and mask are one kernel, which a reshape between them would part.
+        allowed = mask.block(first, end, keys.start, keys.stop)
+        return mx.where(allowed, s.astype(mx.float32), -mx.inf)
 
     @mx.custom_function
     def attend(q, k, v):

@@ -9,7 +9,7 @@ the Python standard library: nothing is downloaded.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +39,7 @@ _GROUPS = [part.group for part in _PARTS]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    settings, data_config, config, lora = _settings(arguments)
+    settings, data_config, config, lora, of_lora = _settings(arguments)
 
     from ..export.fuse import with_quantized_model
     from .folder import claim
@@ -47,12 +47,12 @@ def main(arguments: list[str] | None = None) -> None:
 
     with claim(settings.output, settings.resume or False) as folder:
         settings = with_quantized_model(settings)
-        of_lora = [lora] if config.fine_tune_type == "lora" else []
-        of_run = flatten(settings, data_config, config, *of_lora)
+        own = config.fine_tune_type == "lora" and settings.init_from is None
+        of_run = flatten(settings, data_config, config, *[lora] * own)
         if not folder.resumed:
             folder.note({key: of_run[key] for key in of_run if key not in ("output", "resume")})
         try:
-            _train(folder, settings, data_config, config, lora)
+            _train(folder, settings, data_config, config, lora, of_lora)
         except KeyboardInterrupt:
             print(f"to go on: {Run(output=folder.path).to_resume}", flush=True)
             raise
@@ -64,8 +64,9 @@ def _train(
     data_config: DataConfig,
     config: TrainConfig,
     lora: LoraConfig,
+    of_lora: Sequence[str],
 ) -> None:
-    """Load, read, train and tell, in a folder that is claimed."""
+    """Load, read, train and tell, in a folder that is claimed; `of_lora` are the keys given."""
     from ..data.dataset import read
     from ..gemma import load
     from ..memory.choose import fit_settings
@@ -90,8 +91,11 @@ def _train(
     if own:
         base, docstrings = embedded.prepare()
         model, data_folder = str(base), data_folder or str(docstrings)
-    gemma = load(str(model), quantize=settings.quantize)
+    gemma = load(str(model), settings.init_from, quantize=settings.quantize)
     print(gemma)
+    if gemma.lora:
+        _require_no_other(flatten(gemma.lora), flatten(lora), of_lora, settings.init_from)
+        lora = gemma.lora
     if config.verbose:
         print(f"  shared K/V: {gemma.loaded.verdict}")
     if settings.fit:
@@ -108,7 +112,7 @@ def _train(
         gemma = load(str(model), quantize=settings.quantize, encoders=True)
         print("the rows have images: loaded with the image encoder, which stays as it is")
     before = gemma.generate(embedded.PROMPT, max_tokens=40) if own else None
-    given = lora if config.fine_tune_type == "lora" else None
+    given = lora if config.fine_tune_type == "lora" and settings.init_from is None else None
     run = finetune(gemma, data, config, lora=given, output=folder)
     if own:
         print(f"asked:  {embedded.PROMPT}")
@@ -116,6 +120,20 @@ def _train(
         print(f"after:  {gemma.generate(embedded.PROMPT, max_tokens=40)!r}")
     quantize = ["--quantize", settings.quantize] if settings.quantize else []
     _tell(run.summary, embedded.PROMPT if own else "...", quantize, config.verbose)
+
+
+def _require_no_other(
+    own: Mapping[str, Any], asked: Mapping[str, Any], keys: Sequence[str], adapter: str | None
+) -> None:
+    """Refuse settings that were given and are not those of the adapter that trains further."""
+    other = [key for key in keys if asked[key] != own[key]]
+    if other:
+        differ = ", ".join(f"{key} {own[key]}, not {asked[key]}" for key in other)
+        raise ConfigError(
+            f"the adapter {adapter} has {differ}",
+            wanted="the adapter's own settings of LoRA",
+            do=f"leave out {', '.join(other)}",
+        )
 
 
 def _tell(summary: Mapping[str, Any], prompt: str, quantize: list[str], verbose: bool) -> None:
@@ -141,6 +159,7 @@ def _tell(summary: Mapping[str, Any], prompt: str, quantize: list[str], verbose:
 
 
 def _settings(arguments: list[str] | None) -> tuple[Any, ...]:
+    """The settings of each group, and the keys of LoRA's that were given."""
     values = read_arguments(
         "mlx_gemma4.train",
         __doc__,
@@ -175,7 +194,7 @@ def _settings(arguments: list[str] | None) -> tuple[Any, ...]:
             wanted="a folder with train.jsonl, or a .jsonl file",
             do="give --data",
         )
-    return build(_GROUPS, values, "the flags")
+    return *build(_GROUPS, values, "the flags"), of_lora
 
 
 def _over(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from ..data.example import Examples
 from ..data.inspect import Shown
 from ..errors import DataError, TrainingError
 from ..gemma import Gemma4
-from ..lora.attach import adapted_modules
+from ..lora.attach import adapted_modules, router_risk
 from ..memory.choose import machine_memory
 from ..model.conversation import Prompt
 from ..model.names import flat
@@ -50,6 +50,7 @@ _FREE_ON_RESUME = {
     *("report_every", "eval_every", "val_batches", "save_every", "keep_checkpoints", "verbose"),
     *("max_minutes", "patience", "on_nonfinite", "sample_prompts", "report_to"),
     *("model", "data"),  # by content: `weights` and `rows`
+    "init_from",
 }
 
 
@@ -103,12 +104,13 @@ def finetune(
     total = _total_steps(order, config)
     optimizer = make_optimizer(config, total, gemma.backbone.trainable_parameters())
     layers, memory, note = run_memory(gemma, data.train, config, order, optimizer, objective)
-    run = Run(
-        gemma, [note, *filter(None, data.facts.prompts)], output=output.path if output else None
-    )
+    parts = f"only these parts train: {', '.join(config.train_parts)}" if config.train_parts else ""
+    notes = [note, *filter(None, [parts, router_risk(gemma.backbone), *data.facts.prompts])]
+    run = Run(gemma, notes, output=output.path if output else None)
     settings = flatten(config, data.config, *([gemma.lora] if gemma.lora else []))
     settings |= {"model": gemma.name, "data": data.source}
     settings |= {"quantize": gemma.quantize} if gemma.quantize else {}
+    settings |= {"init_from": gemma.adapter} if gemma.adapter else {}
     checkpoints, progress = _checkpoints(run, data, config, settings, optimizer, output)
     listeners = [Console()] * console + [*callbacks, *make_loggers(config.report_to, settings)]
     if output:
@@ -228,7 +230,16 @@ def _prepare(gemma: Gemma4, config: TrainConfig, lora: LoraConfig | None) -> Non
                 wanted="LoRA or full fine-tuning",
                 do="leave out lora, and load the model without adapter; or set fine_tune_type lora",
             )
-        gemma.train_all()
+        if config.train_parts:
+            gemma.train_parts(config.train_parts)
+        else:
+            gemma.train_all()
+    elif gemma.lora is None and gemma.adapter is not None:
+        raise TrainingError(
+            f"{gemma.adapter} holds whole weights, and fine_tune_type is lora",
+            wanted="LoRA to train further",
+            do="set fine_tune_type full, or fuse it with its base and train that model",
+        )
     elif gemma.lora is None or lora is not None:
         mx.random.seed(config.seed)
         gemma.add_lora(lora or LoraConfig())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.optimizers as optim
@@ -16,40 +16,54 @@ from .masters import with_masters
 Schedule = Callable[[mx.array], mx.array]
 
 
+class _Group(NamedTuple):
+    """Parameters that share an optimizer: its name, weight decay, and ratio to the run's rate."""
+
+    method: str
+    decay: float
+    ratio: float
+
+
 def make_optimizer(config: TrainConfig, total_steps: int, parameters: Any) -> optim.Optimizer:
     """The optimizer of a run, from mlx.optimizers, with its state.
 
     Weight decay leaves out vectors and scalars: norms, biases, DoRA's magnitudes. Muon is for
-    matrices; embeddings, the head, stacked experts and vectors get AdamW beside it. Weights in half
-    precision have float32 masters.
+    matrices; embeddings, the head, stacked experts and vectors get AdamW beside it. LoRA+ (Hayou
+    et al. 2024, arXiv:2402.12354) gives B and, as PEFT does, DoRA's magnitudes a rate that is
+    `lora_plus_ratio` times that of A; the optimizer's `learning_rate` is that of A. Weights
+    in half precision have float32 masters.
 
     Args:
         config: optimizer, learning rate and its schedule, weight decay.
         total_steps: over which the schedule falls.
         parameters: the tree of what trains.
     """
-    rate, decay = make_schedule(config, total_steps), config.weight_decay
-    make = partial(_MAKERS[config.optimizer], corrected=config.bias_correction)
-    adamw = partial(_adamw, corrected=config.bias_correction)
-    if config.optimizer == "muon":
-        optimizer = _grouped(make(rate, decay), adamw(rate, 0.0), _is_hidden_matrix, parameters)
-    elif not decay:
-        optimizer = make(rate, 0.0)
-    else:
-        optimizer = _grouped(make(rate, decay), make(rate, 0.0), _decays, parameters)
+    schedule = make_schedule(config, total_steps)
+
+    def make(group: _Group) -> optim.Optimizer:
+        rate = schedule if group.ratio == 1 else lambda step: group.ratio * schedule(step)
+        return _MAKERS[group.method](rate, group.decay, config.bias_correction)
+
+    group_of = partial(_group_of, config)
+    found = {group_of(name, parameter) for name, parameter in flat(parameters).items()}
+    groups = sorted(found, key=lambda g: (g.ratio, g.method != config.optimizer, -g.decay))
+    optimizers = [make(group) for group in groups]
+    filters = [lambda *named, own=group: group_of(*named) == own for group in groups[:-1]]
+    optimizer = optim.MultiOptimizer(optimizers, filters) if filters else optimizers[0]
     optimizer = with_masters(optimizer, parameters)
     optimizer.init(parameters)
     return optimizer
 
 
-def _grouped(
-    one: optim.Optimizer, other: optim.Optimizer, belongs: Callable[..., bool], parameters: Any
-) -> optim.Optimizer:
-    """`one` for the parameters that belong to it and `other` for the rest, if there are both."""
-    found = {belongs(name, parameter) for name, parameter in flat(parameters).items()}
-    if len(found) == 2:
-        return optim.MultiOptimizer([one, other], [belongs])
-    return one if found == {True} else other
+def _group_of(config: TrainConfig, name: str, parameter: Any) -> _Group:
+    own = config.optimizer != "muon" or _is_hidden_matrix(name, parameter)
+    decays = own and parameter.ndim >= 2
+    is_fast = name.endswith("lora_b") or parameter.ndim == 1
+    return _Group(
+        config.optimizer if own else "adamw",
+        config.weight_decay if decays else 0.0,
+        (config.lora_plus_ratio or 1.0) if is_fast else 1.0,
+    )
 
 
 def make_schedule(config: TrainConfig, total_steps: int) -> Schedule:
@@ -71,13 +85,11 @@ def make_schedule(config: TrainConfig, total_steps: int) -> Schedule:
     return schedule
 
 
-def _adamw(rate: Schedule, decay: float, corrected: bool) -> optim.Optimizer:
-    return optim.AdamW(rate, weight_decay=decay, bias_correction=corrected)
-
-
 _MAKERS: dict[str, Callable[..., optim.Optimizer]] = {
     "adam": lambda rate, decay, corrected: optim.Adam(rate, bias_correction=corrected),
-    "adamw": _adamw,
+    "adamw": lambda rate, decay, corrected: optim.AdamW(
+        rate, weight_decay=decay, bias_correction=corrected
+    ),
     "adafactor": lambda rate, decay, corrected: optim.Adafactor(
         rate, weight_decay=decay, relative_step=False, scale_parameter=False
     ),
@@ -87,10 +99,6 @@ _MAKERS: dict[str, Callable[..., optim.Optimizer]] = {
 }
 """By name, of the rate, the weight decay and whether averages are corrected. `scale_parameter` off
 makes Adafactor's rate the one that was asked for."""
-
-
-def _decays(name: str, parameter: Any) -> bool:
-    return parameter.ndim >= 2
 
 
 def _is_hidden_matrix(name: str, parameter: Any) -> bool:

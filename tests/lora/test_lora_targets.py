@@ -188,11 +188,86 @@ def test_all_linear_is_every_module_and_the_estimate_agrees(checkpoints, shape):
     known = adaptable_modules(gemma.backbone)
     lora = g4.LoraConfig(rank=2, targets=("all-linear",), rank_pattern={"all-linear": 3})
     told = gemma.add_lora(lora)
+    known = {module: size for module, size in known.items() if module[1] != "router.proj"}
     assert told == Counter(path for _, path in known)
     values = sum(value.size for value in flat(gemma.backbone.trainable_parameters()).values())
     sizes = [math.prod(shape[:-2]) * (shape[-1] + shape[-2]) for shape in known.values()]
     assert values == 3 * sum(sizes)
     assert estimate._adapters(gemma.plan, lora) == 4 * values
+
+
+PRESETS = {
+    "attention": ATTENTION,
+    "mlp": MLP,
+    "experts": EXPERTS,
+    "ple-projections": {"per_layer_input_gate", "per_layer_projection"},
+}
+
+
+@pytest.mark.parametrize(
+    ("shape", "targets"),
+    [
+        ("moe", ("attention",)),
+        ("moe", ("mlp",)),
+        ("moe", ("experts", "attention")),
+        ("e2b", ("ple-projections", "mlp")),
+    ],
+)
+def test_presets(checkpoints, shape, targets):
+    gemma = g4.load(checkpoints[shape])
+    lora = g4.LoraConfig(rank=2, targets=targets, rank_pattern={targets[0]: 3})
+    told = gemma.add_lora(lora)
+    assert set(told) == set().union(*(PRESETS[target] for target in targets))
+    ranks = {
+        (name.split("layers.")[1].split(".", 1)[1].removesuffix(".lora_b"), value.shape)
+        for name, value in flat(gemma.backbone.trainable_parameters()).items()
+        if name.endswith("lora_b")
+    }
+    for path, size in ranks:
+        rank = size[-1] if len(size) == 3 else size[0]
+        assert rank == (3 if path in PRESETS[targets[0]] else 2), path
+    values = sum(value.size for value in flat(gemma.backbone.trainable_parameters()).values())
+    assert estimate._adapters(gemma.plan, lora) == 4 * values
+
+
+def test_the_router_is_adapted_by_its_name_alone_with_a_warning(checkpoints, tmp_path):
+    data = write_rows(tmp_path / "rows", train=CHAT[:1])
+    notes = {}
+    for targets in (("all-linear",), ("q_proj", "router.proj")):
+        gemma = g4.load(checkpoints["moe"])
+        config = g4.TrainConfig(iters=1, rematerialize="none")
+        lora = g4.LoraConfig(rank=2, targets=targets)
+        run = g4.finetune(gemma, g4.read(data, gemma), config, lora=lora, console=False)
+        notes[targets] = [note for note in run.notes if "router.proj is adapted" in note]
+        assert ("router.proj" in adapted_modules(gemma.backbone)) == bool(notes[targets])
+    assert [len(found) for found in notes.values()] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("layers", "wanted"),
+    [("0-2", {0, 1, 2}), ("5,0", {0, 5}), (3, {3}), ("1-2,4-4", {1, 2, 4}), ("0-5", set(range(6)))],
+)
+def test_layers_by_number_and_range(tiny, tmp_path, layers, wanted):
+    gemma = with_lora(tiny, rank=2, layers=layers)
+    assert layers_with_lora(gemma) == wanted
+    again = g4.load(tiny, adapter=save(gemma, tmp_path / "adapter"))
+    assert_same(trainable(again), trainable(gemma))
+    values = sum(value.size for value in flat(gemma.backbone.trainable_parameters()).values())
+    assert estimate._adapters(gemma.plan, gemma.lora) == 4 * values
+    plan = gemma.plan
+    ranked = {layer.index for layer in plan.layers if estimate._ranks(plan, layer, gemma.lora)}
+    assert ranked == wanted
+
+
+def test_layers_that_the_model_does_not_have(tiny):
+    with pytest.raises(g4.AdapterError, match="lora_layers is 4-6") as error:
+        g4.load(tiny).add_lora(g4.LoraConfig(layers="4-6"))
+    assert error.value.wanted == "the model's layers, 0 to 5"
+
+
+def test_layers_without_the_target(tiny):
+    with pytest.raises(g4.AdapterError, match="none of layers 4, 5 has k_proj"):
+        g4.load(tiny).add_lora(g4.LoraConfig(layers="4-5", targets=("k_proj",)))
 
 
 def test_all_linear_keeps_to_the_last_layers(tiny):

@@ -126,7 +126,7 @@ def test_the_printed_command_is_one(tiny, tmp_path, capsys, monkeypatch):
 
     main([str(tiny), "--memory", "1GB", "--no-table", "--lora-rank", "4", "--batch-size", "4"])
     words = capsys.readouterr().out.splitlines()[-1].split()
-    run, _, training, lora = _settings(words[3:])
+    run, _, training, lora, _ = _settings(words[3:])
     assert run.model == str(tiny) and lora.rank == 4
     assert training.batch_size == 4 and training.memory == "1GB"
 

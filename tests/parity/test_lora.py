@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 from helpers import assert_same_grads, make_lora_nonzero, worst_gap
+from mlx.utils import tree_map
 from peft import LoraConfig as PeftConfig
 from peft import get_peft_model
+from peft.optimizers import create_loraplus_optimizer
 from reference import UNIFIED, build_reference, note, random_batch
 from test_exact import GRADS, LOSS, assert_logits, load
 
@@ -16,6 +18,7 @@ import mlx_gemma4 as g4
 from mlx_gemma4.model.names import flat
 from mlx_gemma4.nn import attention as attention_module
 from mlx_gemma4.nn import head as head_module
+from mlx_gemma4.train.optim import make_optimizer
 
 SHAPES = ["dense", "e2b", "e4b", "moe", "text", "unified"] if UNIFIED else [
     "dense", "e2b", "e4b", "moe", "text"
@@ -59,14 +62,18 @@ def test_every_adapter_gradient(reference, lean, monkeypatch):
     assert_same_grads(ours, wanted, GRADS)
 
 
-def with_the_same_lora(gemma, reference):
-    """PEFT on the reference, with our adapter's values."""
-    config = PeftConfig(
+def peft_config(use_dora: bool = False) -> PeftConfig:
+    return PeftConfig(
         r=4,
         lora_alpha=6.0,
         target_modules=r".*layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj",
+        use_dora=use_dora,
     )
-    peft_model = get_peft_model(reference.model, config)
+
+
+def with_the_same_lora(gemma, reference):
+    """PEFT on the reference, with our adapter's values."""
+    peft_model = get_peft_model(reference.model, peft_config())
     values = flat(gemma.backbone.trainable_parameters())
     values = {name.removeprefix("language_model."): value for name, value in values.items()}
     named = {n: p for n, p in peft_model.named_parameters() if "lora_" in n}
@@ -79,8 +86,34 @@ def with_the_same_lora(gemma, reference):
 
 def ours_name(name: str) -> str:
     """`base_model.model.model.language_model.layers.0....lora_A.default.weight`, as we call it."""
-    inner = name[name.index("layers.") :].replace(".default.weight", "")
+    inner = name[name.index("layers.") :].replace("lora_magnitude_vector.default.weight", "m")
+    inner = inner.replace(".default.weight", "")
     return "model." + inner.replace("lora_A", "lora_a").replace("lora_B", "lora_b")
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_lora_plus_gives_each_parameter_pefts_rate(tmp_path, use_dora):
+    reference = build_reference("e2b", tmp_path / "model")
+    gemma = load(reference)
+    gemma.add_lora(g4.LoraConfig(rank=4, use_dora=use_dora))
+    config = g4.TrainConfig(optimizer="sgd", learning_rate=1e-3, lora_plus_ratio=16)
+    before = gemma.backbone.trainable_parameters()
+    optimizer = make_optimizer(config, 10, before)
+    after = flat(optimizer.apply_gradients(tree_map(mx.ones_like, before), before))
+    ours = {
+        name.removeprefix("language_model."): float((value - after[name]).mean())
+        for name, value in flat(before).items()
+    }
+
+    peft_model = get_peft_model(reference.model, peft_config(use_dora))
+    theirs = create_loraplus_optimizer(peft_model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16)
+    rates = {id(p): group["lr"] for group in theirs.param_groups for p in group["params"]}
+    wanted = {
+        ours_name(name): rates[id(parameter)]
+        for name, parameter in peft_model.named_parameters()
+        if "lora_" in name
+    }
+    assert ours == pytest.approx(wanted, rel=1e-3)
 
 
 def test_experts_against_weights_with_the_delta_merged(tmp_path):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
 import pytest
 from helpers import some_tokens
+from mlx.utils import tree_map, tree_unflatten
 
 import mlx_gemma4 as g4
 from mlx_gemma4.model.names import flat
@@ -58,14 +60,58 @@ def test_adamw_decays_matrices_and_leaves_vectors(tiny):
     gemma, optimizer, _ = start(tiny, optimizer="adamw", weight_decay=0.5, use_dora=True)
     before = flat(gemma.backbone.trainable_parameters())
     zero = {name: mx.zeros_like(value) for name, value in before.items()}
-    from mlx.utils import tree_unflatten
-
     optimizer.update(gemma.backbone, tree_unflatten(list(zero.items())))
     after = flat(gemma.backbone.trainable_parameters())
     assert {name.rpartition(".")[2] for name in before} == {"lora_a", "lora_b", "m"}
     for name, value in before.items():
         factor = 1.0 if value.ndim == 1 else 1 - 1e-2 * 0.5
         assert np.allclose(np.array(after[name]), np.array(value) * factor, atol=1e-7), name
+
+
+def moves(gemma, optimizer) -> dict[str, np.ndarray]:
+    """How far one step with gradients of one moves each parameter."""
+    before = gemma.backbone.trainable_parameters()
+    ones = tree_map(mx.ones_like, before)
+    after = flat(optimizer.apply_gradients(ones, before))
+    return {name: np.array(value - after[name]) for name, value in flat(before).items()}
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_lora_plus_gives_b_its_own_rate(checkpoints, use_dora, decay):
+    gemma = g4.load(checkpoints["moe"])
+    targets = ("o_proj", *["experts"] * (not use_dora))
+    gemma.add_lora(g4.LoraConfig(rank=2, targets=targets, use_dora=use_dora))
+    config = g4.TrainConfig(
+        optimizer="sgd", learning_rate=0.01, lora_plus_ratio=8, weight_decay=decay, warmup_steps=1
+    )
+    before = flat(gemma.backbone.trainable_parameters())
+    optimizer = make_optimizer(config, 10, gemma.backbone.trainable_parameters())
+    assert float(optimizer.learning_rate) == pytest.approx(0.005)
+    for name, moved in moves(gemma, optimizer).items():
+        rate = {"lora_a": 0.005, "lora_b": 0.04, "m": 0.04}[name.rpartition(".")[2]]
+        decayed = 0 if name.endswith(".m") else decay * np.array(before[name])
+        assert np.allclose(moved, rate * (1 + decayed), atol=1e-6), name
+    assert float(optimizer.learning_rate) == pytest.approx(0.005)
+
+
+@pytest.mark.parametrize("name", ("adam", "muon"))
+def test_lora_plus_trains_with_every_optimizer_compiled_and_not(tiny, name):
+    runs = []
+    for compiled in (True, False):
+        gemma, optimizer, batch = start(tiny, optimizer=name, lora_plus_ratio=4, use_dora=True)
+        step = CompiledStep(gemma, optimizer) if compiled else partial(train_step, gemma, optimizer)
+        for _ in range(2):
+            sums, _ = step([batch])
+        assert math.isfinite(float(sums.loss))
+        runs.append(flat(gemma.backbone.trainable_parameters()))
+    gap = max(float(mx.abs(runs[0][n] - runs[1][n]).max()) for n in runs[0])
+    assert gap < 1e-2 * max(float(mx.abs(v).max()) for v in runs[1].values())
+
+
+def test_lora_plus_of_a_full_fine_tuning_is_refused():
+    with pytest.raises(g4.ConfigError, match=r"fine_tune_type is full and lora_plus_ratio is 4"):
+        g4.TrainConfig(fine_tune_type="full", lora_plus_ratio=4)
 
 
 def test_muon_takes_hidden_matrices_only(tiny):

@@ -24,7 +24,7 @@ import numpy as np
 
 from ...config import LoraConfig
 from ...errors import AdapterError, ConfigError
-from ...model.names import flat, is_dead, text_model, text_prefix
+from ...model.names import flat, is_dead, is_frozen_buffer, text_model, text_prefix
 from ..attach import low_rank_updates, require_text
 from ..targets import adaptable_modules, keys_of, module_name, resolve_targets
 from .format import (
@@ -38,6 +38,9 @@ from .format import (
     alpha_of,
     without_remote_code,
 )
+
+PARAMETERS = "parameters"
+"""The key under which ours lists the weights of a full fine-tuning of parts."""
 
 
 class MlxLmLibrary:
@@ -169,7 +172,12 @@ def config_of(lora: LoraConfig | None, backbone: nn.Module, model: str) -> dict[
     """adapter_config.json of a run's adapter, patterns and all."""
     count = len(text_model(backbone).layers)
     if lora is None:
-        return {"model": model, "fine_tune_type": "full", "num_layers": count}
+        config = {"model": model, "fine_tune_type": "full", "num_layers": count}
+        trained = sorted(flat(backbone.trainable_parameters()))
+        names = flat(text_model(backbone).parameters())
+        every = {name for name in names if not is_frozen_buffer(name)}
+        is_whole = every <= {name.removeprefix(text_prefix(backbone)) for name in trained}
+        return config if is_whole else config | {PARAMETERS: trained}
     parameters: dict[str, Any] = {"rank": lora.rank, "scale": lora.scale}
     if lora.rank_pattern or lora.alpha_pattern:
         parameters = {"rank": lora.rank, "alpha": lora.alpha}
