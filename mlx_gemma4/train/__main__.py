@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +59,13 @@ def main(arguments: list[str] | None = None) -> None:
             raise
 
 
+_NO_MODEL = (
+    "no --model given: training a small Gemma 4 made on this machine, on the docstrings "
+    "of Python's standard library\nfor a real one: python -m mlx_gemma4.train "
+    "--model google/gemma-4-E2B-it --data my_data/"
+)
+
+
 def _train(
     folder: RunFolder,
     settings: RunConfig,
@@ -82,16 +90,12 @@ def _train(
     model, data_folder = settings.model, settings.data
     own = model in (None, str(embedded.model_folder()))
     if own and not folder.resumed:
-        print(
-            "no --model given: training a small Gemma 4 made on this machine, on the docstrings "
-            "of Python's standard library\nfor a real one: python -m mlx_gemma4.train "
-            "--model google/gemma-4-E2B-it --data my_data/",
-            flush=True,
-        )
+        print(_NO_MODEL, flush=True)
     if own:
         base, docstrings = embedded.prepare()
         model, data_folder = str(base), data_folder or str(docstrings)
-    gemma = load(str(model), settings.init_from, quantize=settings.quantize)
+    loaded = partial(load, str(model), settings.init_from, quantize=settings.quantize)
+    gemma = loaded()
     print(gemma)
     if gemma.lora:
         _require_no_other(flatten(gemma.lora), flatten(lora), of_lora, settings.init_from)
@@ -109,7 +113,7 @@ def _train(
     print(data)
     if data.has_images:
         del gemma
-        gemma = load(str(model), quantize=settings.quantize, encoders=True)
+        gemma = loaded(encoders=True)
         print("the rows have images: loaded with the image encoder, which stays as it is")
     before = gemma.generate(embedded.PROMPT, max_tokens=40) if own else None
     given = lora if config.fine_tune_type == "lora" and settings.init_from is None else None
