@@ -145,7 +145,7 @@ def build_with_media(source: Path, folder: Path, shape: str) -> Path:
             continue
         noise = random.normal(size=old.shape)
         if name.endswith(("put_min", "put_max")):
-            value = (1.2 + 0.1 * noise) * (1 if name.endswith("max") else -1)
+            value = (2.8 + 0.1 * noise) * (1 if name.endswith("max") else -1)
         elif name.endswith("bias"):
             value = 0.1 * noise
         elif "norm" in name or name.endswith("scale") or "_ln" in name:

@@ -228,7 +228,7 @@ def test_full_fine_tuning_from_flags(tiny, rows, tmp_path, capsys):
     flags = ["--model", tiny, "--data", rows, "--output", tmp_path / "out", "--iters", 1]
     train.main([str(word) for word in [*flags, "--fine-tune-type", "full"]])
     told = capsys.readouterr().out
-    assert "every weight of the language model" in told
+    assert "whole weights of the language model" in told
     config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
     assert config["fine_tune_type"] == "full"
 

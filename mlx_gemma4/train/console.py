@@ -73,6 +73,6 @@ def _what_trains(gemma: Gemma4) -> str:
     count = sum(value.size for value in flat(gemma.backbone.trainable_parameters()).values())
     modules = adapted_modules(gemma.backbone)
     if not modules:
-        return f"training {count:,} parameters: every weight of the language model"
+        return f"training {count:,} parameters: whole weights of the language model"
     kinds = ", ".join(f"{number} {path}" for path, number in sorted(modules.items()))
     return f"training {count:,} parameters: LoRA on {kinds}"

@@ -162,8 +162,9 @@ def _randomize(model: torch.nn.Module) -> None:
                 # Attention is unscaled: norms near H^-1/4 keep scores in softmax's live range.
                 value.copy_(value.shape[0] ** -0.25 * (1 + 0.1 * noise))
             elif name.endswith(("put_min", "put_max")):
+                # Few values are near a bound, where the gradient jumps with the last bit.
                 # Some of the values are beyond.
-                value.copy_((1.2 + 0.1 * noise) * (1 if name.endswith("max") else -1))
+                value.copy_((2.8 + 0.1 * noise) * (1 if name.endswith("max") else -1))
             elif name.endswith("bias"):
                 value.copy_(0.1 * noise)
             elif "norm" in name or name.endswith("scale") or "_ln" in name:

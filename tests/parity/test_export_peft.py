@@ -100,8 +100,8 @@ TEXT = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_
 THEIR_KINDS = {
     "lora": {"target_modules": TEXT},
     "rslora-dora": {"target_modules": TEXT, "use_rslora": True, "use_dora": True},
-    # The encoder has no layer 1: PEFT refuses the short names of its modules.
-    "some-layers": {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1, 4]},
+    # The encoder has no layer 2: PEFT refuses the short names of its modules.
+    "some-layers": {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [2, 4]},
     "patterns": {
         "target_modules": TEXT,
         "rank_pattern": {r"layers\.1\..*": 2, "q_proj": 5},
