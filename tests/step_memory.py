@@ -179,7 +179,7 @@ def setting(shape: str, length: int, attention: str = "blockwise", layers: int =
 
 FAST = [
     setting("e2b", 1024, layers=3),
-    setting("e2b", 1024, batch_size=2, remat_layers=3, layers=3, vocab_size=40960),
+    setting("e2b", 1024, remat_layers=3, layers=3, vocab_size=40960),
     setting("dense", 768, "plain", layers=2, compiled=False),
     setting(
         "dense", 1664, remat_layers=2, layers=2, batch_size=2, intermediate_size=768, compiled=False

@@ -102,7 +102,7 @@ def test_a_run_that_quantizes_while_loading(tiny, tmp_path, capsys):
     train(["--model", str(tiny), *words, "--quantize", "8"])
     printed = capsys.readouterr().out
     assert "quantized: 44 weights in 8 bits in groups of 64" in printed
-    assert f"--model {tiny} --quantize 8 --adapter" in printed.splitlines()[-1]
+    assert f"--adapter {output} --quantize 8" in printed.splitlines()[-1]
     train(["--output", str(output), "--resume", "--iters", "2"])
     assert "quantized: 44 weights in 8 bits" in capsys.readouterr().out
     with pytest.raises(g4.TrainingError, match="quantize"):
