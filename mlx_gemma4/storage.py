@@ -41,6 +41,11 @@ def write_text(path: str | Path, text: str) -> None:
         partial.write_text(text, "utf-8")
 
 
+def write_json(path: str | Path, value: Any) -> None:
+    """Write a JSON file, indented, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
 def read_json(path: str | Path) -> Any:
     """The content of a JSON file in UTF-8.
 
@@ -167,7 +172,7 @@ def write_hashes(folder: Path) -> None:
     """Write hashes.json, by which `damaged_files` knows the files that a folder holds now."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != _HASHES)
     found = {str(path.relative_to(folder)): hash_file(path) for path in files}
-    write_text(folder / _HASHES, json.dumps(found, indent=2) + "\n")
+    write_json(folder / _HASHES, found)
 
 
 def damaged_files(folder: Path) -> list[str]:

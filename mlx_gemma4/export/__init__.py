@@ -8,7 +8,6 @@ An export is a folder that appears whole or not at all; it takes the place of an
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from ..lora.formats.transformers import TransformersLibrary
 from ..lora.state import adapter_of
 from ..model.checkpoint import read_index
 from ..model.plan import read_config
-from ..storage import new_folder, require_replaceable
+from ..storage import new_folder, require_replaceable, write_json
 from .fuse import ChangeKept, write_fused
 from .hub import model_card
 from .verify import Proof, check_adapter, check_logits
@@ -105,7 +104,7 @@ def _export_adapter(
     require_replaceable(output, {CONFIG, "README.md"} | {f.file for f in ADAPTERS.values()})
     with new_folder(output) as partial:
         mx.save_safetensors(str(partial / format.file), tensors, dict(format.metadata))
-        (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        write_json(partial / CONFIG, config)
         if format.hub_library == "peft":  # the Hub knows an adapter and its base by the card
             (partial / "README.md").write_text(model_card(partial, "PATH_OR_ID_OF_THIS_FOLDER"))
         if not verify:

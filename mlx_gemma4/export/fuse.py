@@ -8,7 +8,6 @@ the cosine between the trained change and the written one, and the ratio of thei
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,7 +36,7 @@ from ..model.quantize import (
     require_full_precision,
     stored_quantization,
 )
-from ..storage import new_folder, require_replaceable
+from ..storage import new_folder, require_replaceable, write_json
 from .shards import Job, Output, StoredWeight, as_bytes, stored_weights, write_shards
 
 _PIECE_BYTES = 1 << 26  # of float32 values that are merged at a time
@@ -233,7 +232,7 @@ class _Fusion:
             for name in SIDE_FILES:
                 if (self._base / name).is_file():
                     shutil.copyfile(self._base / name, partial / name)
-            (partial / "config.json").write_text(json.dumps(self.config(), indent=2) + "\n")
+            write_json(partial / "config.json", self.config())
             if check is not None:
                 check(partial)
         return kept

@@ -22,6 +22,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from ..model.checkpoint import DTYPES, INDEX, StoredTensor, read_rows
 from ..model.q4_0 import keeps_grid, lies_on_grid
 from ..model.quantize import Q4_0, Packing, stored_packing, stored_quantization
+from ..storage import write_json
 
 _COPY_BYTES = 1 << 24
 
@@ -171,7 +172,7 @@ def write_shards(
         placed |= {output.name: file for job in shard for output in job.outputs}
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": dict(sorted(placed.items()))}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        write_json(folder / INDEX, index)
 
 
 def _write_file(path: Path, jobs: Sequence[Job], metadata: Mapping[str, str]) -> None:

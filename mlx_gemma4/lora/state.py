@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from ..model.checkpoint import load_file, mismatches, shapes_of
 from ..model.loader import build_backbone
 from ..model.names import PLE_TABLE, flat, inner_name, is_frozen_buffer, text_model, text_prefix
 from ..model.plan import Plan
-from ..storage import new_file, read_json, write_text
+from ..storage import new_file, read_json, write_json
 from ..trust import require_harmless
 from .attach import Update, Whole, attach_lora, require_effect, updates_of
 from .formats import base_of, format_of
@@ -38,7 +37,7 @@ def save_adapter(
     folder.mkdir(parents=True, exist_ok=True)
     with new_file(folder / MlxLm.file) as partial:
         mx.save_safetensors(str(partial), weights)
-    write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+    write_json(folder / CONFIG, config)
 
 
 def adapter_of(backbone: nn.Module, lora: LoraConfig | None, model: str) -> Files:

@@ -15,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..storage import new_file, write_text
+from ..storage import new_file, write_json, write_text
 from .loader import build_backbone
 from .names import PLE_TABLE, flat, text_prefix
 from .plan import FULL, SLIDING, Plan
@@ -100,7 +100,7 @@ def build_tiny(
     folder.mkdir(parents=True, exist_ok=True)
     vocab_size = _save_tokenizer(folder, texts, vocab_size)
     config = _config(text, model_type, vocab_size)
-    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    write_json(folder / "config.json", config)
     write_text(folder / "generation_config.json", json.dumps({"eos_token_id": [1, 106]}) + "\n")
     plan = Plan.from_config(config)
     backbone = build_backbone(plan)

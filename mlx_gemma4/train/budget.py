@@ -62,24 +62,29 @@ def run_memory(
 
 
 @contextmanager
-def memory_explained(
-    config: TrainConfig, length: int, layers: int, of_layers: int, foreseen: Estimate
+def within_memory(
+    config: TrainConfig, length: int, layers: int, of_layers: int, forecast: Estimate
 ) -> Iterator[None]:
-    """Where the device runs out of memory, an error that says what to change, and to what.
+    """A run's limits of MLX's cache and of wired memory, put back afterwards.
+
+    Where the device runs out of memory, an error says what to change, and to what.
 
     Args:
         length: max_seq_length.
         layers, of_layers: how many are rematerialised, of how many.
-        foreseen: of the largest step.
+        forecast: of the largest step.
     """
+    cache_limit = mx.set_cache_limit(forecast.step // 2)
+    # Metal keeps wired what is in use, as it does for mlx-lm.
+    wired = mx.set_wired_limit(machine_memory()) if mx.metal.is_available() else None
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not re.search("memory|alloc", str(error) + repr(error), re.IGNORECASE):
             raise
-        used = max(mx.get_peak_memory() - foreseen.resident, foreseen.step)
+        used = max(mx.get_peak_memory() - forecast.resident, forecast.step)
         limit = parse_memory(config.memory) if config.memory else machine_memory()
-        share = min((limit - foreseen.resident) / used / (1 + MARGIN), _FIRST_CUT)
+        share = min((limit - forecast.resident) / used / (1 + MARGIN), _FIRST_CUT)
         rows, batches = config.batch_size, config.grad_accumulation_steps
         if layers < of_layers:
             do = f"set rematerialize to all: {layers} of {of_layers} layers are now"
@@ -93,11 +98,15 @@ def memory_explained(
             shorter = max(64, int(length * share) // 64 * 64)
             do = f"set max_seq_length to {shorter}, it is {length}; or take a quantized model"
         raise TrainingError(
-            f"the device ran out of memory ({error}): {size(foreseen.resident)} before the first "
+            f"the device ran out of memory ({error}): {size(forecast.resident)} before the first "
             f"step and {size(used)} for a step",
             wanted=f"at most {size(limit)} in all, and no other large program beside it",
             do=do,
         ) from None
+    finally:
+        mx.set_cache_limit(cache_limit)
+        if wired is not None:
+            mx.set_wired_limit(wired)
 
 
 def trial_step(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -23,14 +22,13 @@ from ..data.inspect import Shown
 from ..errors import DataError, TrainingError
 from ..gemma import Gemma4
 from ..lora.attach import adapted_modules, router_risk
-from ..memory.choose import machine_memory
 from ..model.conversation import Prompt
 from ..model.names import flat
 from ..nn.batch import StepOptions
 from ..objectives import Objective
 from ..objectives.sft import sft
-from ..storage import write_text
-from .budget import memory_explained, run_memory
+from ..storage import write_json
+from .budget import run_memory, within_memory
 from .checkpoint import Checkpoints, fingerprint, writing
 from .console import Console
 from .evaluate import answers, evaluate, read_prompts
@@ -135,19 +133,9 @@ def finetune(
         run=run,
     )
     resident, started = mx.get_active_memory(), time.perf_counter()
-    cache_limit = mx.set_cache_limit(memory.step // 2)
-    # Metal keeps wired what is in use, as it does for mlx-lm.
-    wired = mx.set_wired_limit(machine_memory()) if mx.metal.is_available() else None
-    explained = memory_explained(
-        config, data.config.max_seq_length, layers, len(gemma.plan.layers), memory
-    )
-    try:
-        with interruptible(run), explained:
-            trainer.train(total)
-    finally:
-        mx.set_cache_limit(cache_limit)
-        if wired is not None:
-            mx.set_wired_limit(wired)
+    length, of_layers = data.config.max_seq_length, len(gemma.plan.layers)
+    with within_memory(config, length, layers, of_layers, memory), interruptible(run):
+        trainer.train(total)
     run.summary = _summary(run, data, config, objective) | {
         "seconds": time.perf_counter() - started,
         "resident_before_gb": resident / 1e9,
@@ -157,7 +145,7 @@ def finetune(
     }
     if output:
         with writing(output.path / SUMMARY):
-            write_text(output.path / SUMMARY, json.dumps(run.summary, indent=2) + "\n")
+            write_json(output.path / SUMMARY, run.summary)
     if run.interrupted:
         raise KeyboardInterrupt(repr(run))  # which says how to go on
     return run

@@ -17,7 +17,7 @@ from ..model.names import flat, text_model
 from ..nn.batch import Batch, StepOptions
 from ..nn.head import batch_log_probs
 from ..objectives import Objective
-from .step import gradients
+from .step import gradients, options_of_batches
 
 _WINDOW, _FEWEST = 32, 16  # losses that a jump is compared with
 _SPREADS, _SHARE = 6.0, 0.1
@@ -85,13 +85,12 @@ def first_not_finite(
     Args:
         options: those of the step, with its key.
     """
-    count = len(batches)
-    keys = [None] * count if options.key is None else [*mx.random.split(options.key, count)]
-    each = [(b, replace(options, remat_layers=0, key=key)) for b, key in zip(batches, keys)]
+    each = [*zip(batches, options_of_batches(options, len(batches)))]
     for batch, own in each:
         found: list[tuple[str, mx.array]] = []
         with _watched(gemma, found):
-            log_probs = batch_log_probs(gemma, batch, own, gradient=False)
+            whole = replace(own, remat_layers=0)
+            log_probs = batch_log_probs(gemma, batch, whole, gradient=False)
         found.append(("the log-probabilities", _finite(log_probs)))
         found.append(("the objective", _finite(objective(log_probs, batch).loss)))
         mx.eval([flag for _, flag in found])
@@ -99,9 +98,7 @@ def first_not_finite(
             if not flag:
                 return name
     for batch, own in each:
-        _, grads = gradients(
-            gemma, batch, objective, replace(own, remat_layers=options.remat_layers)
-        )
+        _, grads = gradients(gemma, batch, objective, own)
         # The backward pass comes to the last layer first.
         for name, grad in reversed(flat(grads).items()):
             if not _finite(grad):

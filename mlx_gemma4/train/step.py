@@ -83,6 +83,12 @@ def _fields(sums: Sums) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
     return sums.loss, sums.count, dict(sums.metrics)
 
 
+def options_of_batches(options: StepOptions, count: int) -> list[StepOptions]:
+    """The options of each batch of a step, with a dropout key of its own."""
+    keys = [None] * count if options.key is None else [*mx.random.split(options.key, count)]
+    return [replace(options, key=key) for key in keys]
+
+
 def train_step(
     gemma: Gemma4,
     optimizer: optim.Optimizer,
@@ -100,14 +106,12 @@ def train_step(
         The sums of all batches together, and the norm of the mean gradient before it was scaled;
         not yet evaluated.
     """
-    count = len(batches)
-    keys = [None] * count if options.key is None else [*mx.random.split(options.key, count)]
-    totals, grads = gradients(gemma, batches[0], objective, replace(options, key=keys[0]))
-    for batch, key in zip(batches[1:], keys[1:]):
+    first, *others = options_of_batches(options, len(batches))
+    totals, grads = gradients(gemma, batches[0], objective, first)
+    for batch, own in zip(batches[1:], others):
         # One batch's activations are alive at a time.
         batch = batch.after([totals.loss, *flat(grads).values()])
-        options = replace(options, key=key)
-        sums, added = gradients(gemma, batch, objective, options)
+        sums, added = gradients(gemma, batch, objective, own)
         totals = Sums(*tree_map(mx.add, _fields(totals), _fields(sums)))
         grads = tree_map(mx.add, grads, added)
     means = tree_map(lambda grad: grad / totals.count, grads)

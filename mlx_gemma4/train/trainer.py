@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections import defaultdict
@@ -20,7 +19,7 @@ from ..gemma import Gemma4
 from ..nn.batch import StepOptions
 from ..objectives import Objective, Sums
 from ..objectives.sft import sft
-from ..storage import write_text
+from ..storage import write_json
 from .checkpoint import Checkpoints, writing
 from .guards import LossWatch, first_not_finite
 from .prefetch import Progress, Step
@@ -148,7 +147,7 @@ class Trainer:
         if output := self.run.output:
             path = output / f"nonfinite-{number:06d}.json"
             with writing(path):
-                write_text(path, json.dumps(report, indent=2) + "\n")
+                write_json(path, report)
             told += f"; report: {path}"
         self._skipped += 1
         self._notes.append(f"skipped: {told}")

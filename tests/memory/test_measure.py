@@ -123,8 +123,8 @@ def test_settings_that_are_given_are_not_measured():
     assert "6 of 6 layers rematerialised" in note and "shorter max_seq_length" in note
 
 
-def test_the_foreseen_step_of_a_real_model():
-    """Measured at 1024 and 2048 positions; at 2560 it takes what was foreseen."""
+def test_the_forecast_of_a_real_model():
+    """Measured at 1024 and 2048 positions; at 2560 it takes what was forecast."""
     plan = plan_of("dense", 2, vocab_size=512, hidden_size=128, intermediate_size=3072)
     settings = StepSettings(length=2560, dtype="float32", attention="blockwise", compiled=False)
     built = build_model(plan, settings)

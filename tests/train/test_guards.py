@@ -200,7 +200,7 @@ def test_memory_that_runs_out_names_the_setting(text, layers, rows, do):
     found = Estimate(8_000_000_000, 3_800_000_000)
     with (
         pytest.raises(g4.TrainingError, match="the device ran out of memory") as error,
-        budget.memory_explained(config, 2048, layers, 6, found),
+        budget.within_memory(config, 2048, layers, 6, found),
     ):
         raise RuntimeError(text)
     assert error.value.do == do
@@ -210,6 +210,6 @@ def test_memory_that_runs_out_names_the_setting(text, layers, rows, do):
 def test_other_errors_of_the_device_stay_as_they_are():
     with (
         pytest.raises(RuntimeError, match="no such kernel"),
-        budget.memory_explained(g4.TrainConfig(), 8, 0, 6, Estimate(1, 1)),
+        budget.within_memory(g4.TrainConfig(), 8, 0, 6, Estimate(1, 1)),
     ):
         raise RuntimeError("no such kernel")
