@@ -26,6 +26,9 @@ from mlx_gemma4.model.processor import BUDGETS, ImageSettings
 from mlx_gemma4.model.tokenizer import load_tokenizer
 
 pil = pytest.importorskip("transformers.models.gemma4.image_processing_pil_gemma4")
+pytestmark = pytest.mark.skipif(
+    not UNIFIED, reason="this transformers has an earlier image processor, of other pixels"
+)
 MODES = ["RGB", "L", "1", "P", "RGBA", "LA", "CMYK", "I;16"]
 SIZES = [(100, 100), (110, 120), (64, 60)]
 """The small models have a position for each of 24 x 24 patches."""
