@@ -145,13 +145,15 @@ def check_logits(
         ExportError: the library does not hold the tensors, computes other logits, or those of the
             base.
     """
+    if gemma.loaded.packings:
+        why_not = "the base was quantized while it was loaded: export from its --save-quantized"
+        return replace(proof, why_not=why_not)
     missing = [name for name in library.packages if not find_spec(name)]
     if missing:
         return replace(proof, why_not=f"{' and '.join(missing)} not installed")
     package = library.packages[-1]
     by = f"{package.replace('_', '-')} {importlib.metadata.version(package)}"
-    in_memory = "the base was quantized while it was loaded: export from its --save-quantized"
-    unfit = (held is not None and library.unfit()) or (gemma.loaded.packings and in_memory)
+    unfit = held is not None and library.unfit()
     if unfit:
         return replace(proof, why_not=f"{by} is installed, and {unfit}")
     prompts, ours, base = _our_logits(gemma)
