@@ -61,6 +61,11 @@ def listing(names: Iterable[object], limit: int = 20) -> str:
     return shown + (f"\n    ... and {len(rows) - limit} more" if len(rows) > limit else "")
 
 
+def row_error(found: str, wanted: str, do: str = "mend or remove the line") -> DataError:
+    """The error for a row that cannot be used."""
+    return DataError(found, wanted=wanted, do=do)
+
+
 def run_command(main: Callable[[], None]) -> None:
     """Run a command: what a user may meet ends it with one message at most, and no traceback.
 

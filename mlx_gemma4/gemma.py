@@ -21,7 +21,7 @@ from .model.generation import stream_answer
 from .model.loader import LoadedBackbone, load_backbone
 from .model.names import flat, is_frozen_buffer, lm_head, text_model
 from .model.plan import Plan, read_config
-from .model.processor import ImageSettings, read_image_settings
+from .model.processor import NO_MEDIA, MediaSettings, read_media_settings
 from .model.quantize import Policy, described
 from .model.targets import chosen_weights
 from .model.tokenizer import end_tokens, load_processor, load_tokenizer
@@ -75,7 +75,7 @@ def load(
         processor=load_processor(folder) if encoders else None,
         end_tokens=frozenset(end_tokens(folder, loaded.config, tokenizer)),
         quantize=None if quantize is None else str(quantize),
-        images=read_image_settings(folder, loaded.plan),
+        media=read_media_settings(folder, loaded.plan),
     )
     if adapter is not None:
         gemma.adapter = str(adapter)
@@ -96,7 +96,7 @@ class Gemma4:
         quantize: how it was quantized while loading, as asked for.
         adapter: the adapter that it was loaded with.
         lora: the settings of the LoRA layers on it, if any.
-        images: how images become patches, if the checkpoint says so.
+        media: how images and audio become what encoders take, where the checkpoint says so.
     """
 
     name: str
@@ -107,7 +107,7 @@ class Gemma4:
     quantize: str | None = None
     adapter: str | None = None
     lora: LoraConfig | None = None
-    images: ImageSettings | None = None
+    media: MediaSettings = NO_MEDIA
 
     @property
     def backbone(self) -> nn.Module:

@@ -166,17 +166,18 @@ PROCESSOR = {
         "do_resize": True, "do_rescale": True, "resample": 3, "rescale_factor": 1 / 255,
     },
     "image_seq_length": 70,
+    "feature_extractor": {"feature_size": 128, "sampling_rate": 16000, "dither": 0.0},
 }  # fmt: skip
 """The processor_config.json of the small models; the unified one has patches of 2 x 2."""
 
 
 def add_processor(folder: Path, unified: bool = False) -> Path:
-    """Give a small checkpoint the settings of images."""
+    """Give a small checkpoint the settings of images and audio."""
     own = {"patch_size": 2, "pooling_kernel_size": 2} if unified else {}
-    images = PROCESSOR["image_processor"] | own
-    (folder / "processor_config.json").write_text(
-        json.dumps(PROCESSOR | {"image_processor": images})
-    )
+    settings = PROCESSOR | {"image_processor": PROCESSOR["image_processor"] | own}
+    if unified:
+        settings["feature_extractor"] = {"audio_samples_per_token": 16, "sampling_rate": 16000}
+    (folder / "processor_config.json").write_text(json.dumps(settings))
     return folder
 
 
@@ -188,6 +189,33 @@ def picture(width: int, height: int, seed: int = 0, mode: str = "RGB") -> Any:
     grains = random.integers(0, 256, (5, 7, 4), np.uint8)
     image = Image.fromarray(grains, "RGBA").resize((width, height), Image.Resampling.BICUBIC)
     return image.convert(mode)
+
+
+def sound(count: int, seed: int = 0) -> np.ndarray:
+    """Samples at 16 kHz: two tones that rise and fall, and noise."""
+    random, at = np.random.default_rng(seed), np.arange(count) / 16000
+    tones = [np.sin(2 * np.pi * f * at) for f in random.uniform(80, 4000, 2)]
+    swell = np.sin(2 * np.pi * 3 * at + seed)
+    return (0.3 * swell * sum(tones) + 0.02 * random.normal(size=count)).astype(np.float32)
+
+
+def wav(samples: np.ndarray, rate: int = 16000, bits: int = 16) -> bytes:
+    """A WAV file of whole numbers, as Python's own module writes it; (N,) or (N, channels)."""
+    import io
+    import wave
+
+    file = io.BytesIO()
+    with wave.open(file, "wb") as out:
+        out.setnchannels(1 if samples.ndim == 1 else samples.shape[1])
+        out.setsampwidth(bits // 8)
+        out.setframerate(rate)
+        whole = np.round(samples * (2.0 ** (bits - 1) - 1)).astype("<i4")
+        if bits == 8:
+            out.writeframes((whole + 128).astype(np.uint8).tobytes())
+        else:
+            parts = np.ascontiguousarray(whole).view(np.uint8).reshape(-1, 4)
+            out.writeframes(parts[:, : bits // 8].tobytes())
+    return file.getvalue()
 
 
 def batch_with(inputs: dict[str, Any], segments: Any = None) -> g4.Batch:

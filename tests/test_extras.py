@@ -112,5 +112,5 @@ def test_the_required_packages_stay_few():
     }  # fmt: skip
     extras = project["optional-dependencies"]
     assert extras["data"] == ["datasets>=4", "pyarrow"] and extras["plot"] == ["matplotlib"]
-    assert extras["all"] == ["mlx-gemma4[data,plot,gguf]"]
+    assert extras["all"] == ["mlx-gemma4[data,plot,gguf,audio]"]
     assert "mlx-gemma4[all]" in extras["test"]

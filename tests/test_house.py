@@ -23,6 +23,7 @@ COMMANDS = {"fit", "generate", "__main__"}
 STEPS = [
     {"errors", "extras", "storage", "trust", "config"},
     {"model"},
+    {"media"},
     {"nn"},
     {"memory"},
     {"lora"},

@@ -91,9 +91,9 @@ class Dataset(Sequence[Example]):
         return self._figures() | {"epoch": of_epoch(order)}
 
     @property
-    def has_images(self) -> bool:
-        """Whether a row of any split shows an image."""
-        return any(Examples.of(getattr(self, name)).has_images for name in SPLITS)
+    def has_media(self) -> bool:
+        """Whether a row of any split has an image or audio."""
+        return any(Examples.of(getattr(self, name)).has_media for name in SPLITS)
 
     def __repr__(self) -> str:
         return summary(self._figures())
@@ -131,8 +131,8 @@ def read(source: Input, gemma: Gemma4 | TextSide, config: DataConfig = DataConfi
         raise DataError(told, wanted=wanted, do="lower max_seq_length")
     weights, found = find_sources(source, config)
     everything = [part for splits in found for parts in splits.values() for part in parts]
-    images = gemma.images.with_budget(config.image_tokens) if gemma.images else None
-    task = Task(gemma.tokenizer, gemma.plan.vocab_size, config, images)
+    media = gemma.media.with_budget(config.image_tokens)
+    task = Task(gemma.tokenizer, gemma.plan.vocab_size, config, media)
     key = tokens_key(task) if sum(part.size for part in everything) > SMALL else None
     with Workers(task) as workers:
         stores = [

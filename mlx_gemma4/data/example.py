@@ -7,9 +7,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import NamedTuple, overload
+from typing import overload
 
 import numpy as np
+
+from ..media.file import MediaFile
 
 _TARGET_BIT = np.uint32(1 << 31)
 """The bit of a stored token that says it is a target; ids are far below it."""
@@ -22,28 +24,6 @@ def origin_of(place: str, number: int) -> str:
     return f"{place}{number}" + ("]" if place.endswith("[") else "")
 
 
-class ImageFile(NamedTuple):
-    """An image of an example: where its file is, and what the file was when it was read.
-
-    Attributes:
-        columns, rows: of soft tokens.
-        digest: of the content.
-        size, changed: bytes of the file, and its time of change in nanoseconds.
-    """
-
-    path: str
-    columns: int
-    rows: int
-    digest: str
-    size: int
-    changed: int
-
-    @property
-    def num_tokens(self) -> int:
-        """Soft tokens: as many image tokens stand in the text."""
-        return self.columns * self.rows
-
-
 @dataclass(frozen=True)
 class Example:
     """One training example.
@@ -51,13 +31,13 @@ class Example:
     Attributes:
         tokens, mask: token ids, and the loss mask: for each (T) whether it is a target.
         origin: "file:line", for messages.
-        images: in the order of their tokens.
+        media: in the order of their tokens.
     """
 
     tokens: np.ndarray
     mask: np.ndarray
     origin: str
-    images: tuple[ImageFile, ...] = ()
+    media: tuple[MediaFile, ...] = ()
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -111,7 +91,7 @@ class Store:
         numbers: the line or row that each was read from, after `place`.
         digests: 64 bits of each example's content; equal examples have equal digests.
         origins: where each was read, for examples that were made elsewhere.
-        images: of those examples that have any, by index.
+        media: of those examples that have any, by index.
     """
 
     tokens: np.ndarray
@@ -122,7 +102,7 @@ class Store:
     facts: Facts
     place: str = ""
     origins: Sequence[str] | None = None
-    images: Mapping[int, tuple[ImageFile, ...]] = field(default_factory=dict)
+    media: Mapping[int, tuple[MediaFile, ...]] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -132,7 +112,7 @@ class Store:
         packed = [e.tokens.astype(np.uint32) | e.mask * _TARGET_BIT for e in examples]
         digests = [
             hashlib.blake2b(
-                row.tobytes() + "".join(image.digest for image in example.images).encode(),
+                row.tobytes() + "".join(file.digest for file in example.media).encode(),
                 digest_size=8,
             ).digest()
             for row, example in zip(packed, examples)
@@ -141,9 +121,9 @@ class Store:
         lengths = np.array([len(row) for row in packed], np.int64)
         targets = np.array([example.num_targets for example in examples], np.int32)
         kinds = np.frombuffer(b"".join(digests), np.uint64)
-        images = {i: example.images for i, example in enumerate(examples) if example.images}
+        media = {i: example.media for i, example in enumerate(examples) if example.media}
         rows = np.array(numbers, np.int64)
-        return cls(tokens, lengths, targets, rows, kinds, facts, place, images=images)
+        return cls(tokens, lengths, targets, rows, kinds, facts, place, media=media)
 
     @cached_property
     def _ends(self) -> np.ndarray:
@@ -157,8 +137,8 @@ class Store:
         packed = np.asarray(self.tokens[end - self.lengths[index] : end])
         tokens = (packed & ~_TARGET_BIT).astype(np.int32)
         origin = self.origins[index] if self.origins else origin_of(self.place, self.numbers[index])
-        images = self.images.get(int(index), ()) if self.images else ()
-        return Example(tokens, packed >= _TARGET_BIT, origin, images)
+        media = self.media.get(int(index), ()) if self.media else ()
+        return Example(tokens, packed >= _TARGET_BIT, origin, media)
 
 
 class Examples(Sequence[Example]):
@@ -216,9 +196,9 @@ class Examples(Sequence[Example]):
         return self._column("digests")
 
     @property
-    def has_images(self) -> bool:
-        """Whether any example of the stores has an image."""
-        return any(store.images for store in self.stores)
+    def has_media(self) -> bool:
+        """Whether any example of the stores has an image or audio."""
+        return any(store.media for store in self.stores)
 
     def _column(self, name: str) -> np.ndarray:
         columns = [getattr(store, name) for store in self.stores]

@@ -12,7 +12,7 @@ from ..storage import read_json
 from .conversation import Prompt, conversation, functions
 from .download import resolve
 from .plan import Plan, read_config
-from .processor import ImageSettings, read_image_settings
+from .processor import NO_MEDIA, MediaSettings, read_media_settings
 
 END_OF_TURN = "<turn|>"
 _ENDS = (END_OF_TURN, "<|tool_response>")  # what follows a call is not the model's to write
@@ -128,11 +128,11 @@ def end_tokens(folder: Path, config: Mapping[str, Any], tokenizer: Any) -> set[i
 
 @dataclass(frozen=True)
 class TextSide:
-    """The plan and the tokenizer of a model, and how it takes images."""
+    """The plan and the tokenizer of a model, and how it takes media."""
 
     plan: Plan
     tokenizer: Any
-    images: ImageSettings | None = None
+    media: MediaSettings = NO_MEDIA
 
 
 def text_side(path_or_hub_id: str | Path) -> TextSide:
@@ -143,4 +143,4 @@ def text_side(path_or_hub_id: str | Path) -> TextSide:
     """
     folder = resolve(path_or_hub_id, weights=False)
     plan = Plan.from_config(read_config(folder))
-    return TextSide(plan, load_tokenizer(folder), read_image_settings(folder, plan))
+    return TextSide(plan, load_tokenizer(folder), read_media_settings(folder, plan))

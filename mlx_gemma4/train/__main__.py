@@ -111,10 +111,10 @@ def _train(
         print(f"--fit {settings.fit} chooses {chosen} {accumulated}", flush=True)
     data = read(data_folder, gemma, data_config)
     print(data)
-    if data.has_images:
+    if data.has_media:
         del gemma
         gemma = loaded(encoders=True)
-        print("the rows have images: loaded with the image encoder, which stays as it is")
+        print("the rows have images or audio: loaded with the encoders, which stay as they are")
     before = gemma.generate(embedded.PROMPT, max_tokens=40) if own else None
     given = lora if config.fine_tune_type == "lora" and settings.init_from is None else None
     run = finetune(gemma, data, config, lora=given, output=folder)

@@ -82,9 +82,9 @@ def prepared(
     source = gemma.loaded.ple_rows
 
     def build(batches: Sequence[Rows]) -> list[tuple[Batch, GatheredRows | None]]:
-        """On the other thread: reads examples, images and PLE rows, and leaves the device alone."""
+        """On the other thread: reads examples, media and PLE rows, and leaves the device alone."""
         chosen = [[[examples[i] for i in row] for row in rows] for rows in batches]
-        built = collate_alike(chosen, images=gemma.images)
+        built = collate_alike(chosen, media=gemma.media)
         return [
             (b, source.gather(np.asarray(b.table_tokens(gemma.plan))) if source else None)
             for b in built

@@ -21,13 +21,15 @@ import mlx_gemma4 as g4
 from mlx_gemma4.data import dataset as dataset_module
 from mlx_gemma4.data.batch.collate import collate, collate_alike
 from mlx_gemma4.data.example import Examples
-from mlx_gemma4.data.media.image import image_file, patches
-from mlx_gemma4.model.processor import BUDGETS, ImageSettings
+from mlx_gemma4.media.image import patches
+from mlx_gemma4.media.kinds import media_file
+from mlx_gemma4.model.processor import BUDGETS, ImageSettings, MediaSettings
 from mlx_gemma4.model.tokenizer import text_side
 
 OPENER, IMAGE, CLOSER = 110, 111, 112
 ASKED, ANSWER = "What is it?", {"role": "assistant", "content": "A list of values."}
 SMALL = ImageSettings(IMAGE, 4, 3, 70)
+MEDIA = MediaSettings(SMALL)
 WIDE, TALL = (300, 40), (36, 130)  # pixels
 
 
@@ -77,7 +79,7 @@ def png(*size, **how) -> bytes:
 def shown(example, tokenizer) -> str:
     """The text, with each image as the number of its tokens."""
     said = tokenizer.decode(example.tokens)
-    for image in example.images:
+    for image in example.media:
         run = "<|image>" + "<|image|>" * image.num_tokens + "<image|>"
         said = said.replace(run, f"[{image.num_tokens}]", 1)
     return said
@@ -111,7 +113,7 @@ IN_ROWS = {
 @pytest.mark.parametrize("name", IN_ROWS)
 def test_rows_with_an_image(name, folder, side):
     [example] = read(folder, side, IN_ROWS[name])
-    [image] = example.images
+    [image] = example.media
     assert (image.columns, image.rows) == SMALL.grid(*WIDE) == (22, 3)
     said = shown(example, side.tokenizer)
     assert said == f"<bos><|turn>user\n[66]{ASKED}<turn|>\n<|turn>model\nA list of values.<turn|>\n"
@@ -122,7 +124,7 @@ def test_rows_with_an_image(name, folder, side):
 
 def test_an_empty_column_is_no_image(folder, side):
     """A cell of a table that holds nothing."""
-    assert not read(folder, side, asks(ASKED, image=""), asks(ASKED, images=[])).has_images
+    assert not read(folder, side, asks(ASKED, image=""), asks(ASKED, images=[])).has_media
 
 
 def test_rows_in_memory(side):
@@ -133,15 +135,15 @@ def test_rows_in_memory(side):
         asks(ASKED, image=png(*WIDE)),
     ]
     examples = g4.read(rows, side).train
-    assert {len(example.images) for example in examples} == {1}
-    assert len({example.images[0].digest for example in examples[1:]}) == 1
-    assert len({patches(example.images[0], SMALL)[0].tobytes() for example in examples}) == 1
+    assert {len(example.media) for example in examples} == {1}
+    assert len({example.media[0].digest for example in examples[1:]}) == 1
+    assert len({patches(example.media[0], SMALL)[0].tobytes() for example in examples}) == 1
 
 
 def test_several_images_stand_where_the_row_has_them(folder, side):
     row = asks(text("One"), {"type": "image"}, text("and"), {"type": "image"}, text("?"))
     [example] = read(folder, side, row | {"images": ["wide.png", "tall.jpg"]})
-    assert [image.path.rpartition("/")[2] for image in example.images] == ["wide.png", "tall.jpg"]
+    assert [image.path.rpartition("/")[2] for image in example.media] == ["wide.png", "tall.jpg"]
     tall = SMALL.grid(*TALL)
     said = f"user\nOne[66]and[{tall[0] * tall[1]}]?"
     assert said in shown(example, side.tokenizer)
@@ -164,9 +166,12 @@ BAD_ROWS = {
         "has 1 images, and 2 places",
     ),
     "a place alone": (asks({"type": "image"}, text(ASKED)), "has the image None"),
-    "the token as text": (asks(f"<|image|>{ASKED}"), "0 images, and 1 tokens of media"),
-    "the token beside": (asks(f"<|image|>{ASKED}", image="wide.png"), "1 images, and 2 tokens"),
-    "another token": (asks(f"<|video|>{ASKED}"), "0 images, and 1 tokens of media"),
+    "the token as text": (asks(f"<|image|>{ASKED}"), "no parts of media, and 1 tokens of media"),
+    "the token beside": (
+        asks(f"<|image|>{ASKED}", image="wide.png"),
+        "1 image parts of media, and 2 tokens",
+    ),
+    "another token": (asks(f"<|video|>{ASKED}"), "no parts of media, and 1 tokens of media"),
     "the net": (asks(ASKED, image="https://example.org/a.png"), "nothing is downloaded"),
     "elsewhere": (asks(ASKED, image="../a.png"), "outside of"),
     "not there": (asks(ASKED, image="b.png"), "no such file"),
@@ -245,7 +250,7 @@ def test_modes_and_formats(mode, kind, tmp_path):
         picture(60, 90, mode=mode if mode != "LA" else "RGBA").convert(mode).save(path, kind)
     except (OSError, KeyError, ValueError):
         return  # the format has no such mode
-    pixels, places = patches(image_file(str(path), SMALL), SMALL)
+    pixels, places = patches(media_file("image", str(path), MEDIA), SMALL)
     assert pixels.shape == (len(places), 48) and 0 <= pixels.min() <= pixels.max() <= 1
 
 
@@ -256,7 +261,7 @@ def test_an_image_is_turned_as_its_exif_data_say(kind, tmp_path):
     half = Image.new("RGB", (96, 48), "black")
     half.paste("white", (0, 0, 48, 48))
     half.save(path, kind, exif=exif)
-    file = image_file(str(path), SMALL)
+    file = media_file("image", str(path), MEDIA)
     assert file.columns < file.rows
     pixels, places = patches(file, SMALL)
     top = places[:, 1] < places[:, 1].max() // 2
@@ -265,7 +270,7 @@ def test_an_image_is_turned_as_its_exif_data_say(kind, tmp_path):
 
 def test_transparent_is_white(tmp_path):
     picture(60, 60, mode="RGBA").point(lambda _: 0).save(tmp_path / "a.png")
-    assert (patches(image_file(str(tmp_path / "a.png"), SMALL), SMALL)[0] == 1).all()
+    assert (patches(media_file("image", str(tmp_path / "a.png"), MEDIA), SMALL)[0] == 1).all()
 
 
 @settings(deadline=None)
@@ -281,7 +286,7 @@ def test_grids_keep_to_the_budget(width, height, budget):
 
 def test_the_budget_is_a_setting(folder, side):
     [example] = read(folder, side, IN_ROWS["image"], image_tokens="140")
-    assert 70 < example.images[0].num_tokens <= 140
+    assert 70 < example.media[0].num_tokens <= 140
 
 
 @pytest.mark.parametrize("side_cut", ["end", "start"])
@@ -309,7 +314,7 @@ def test_no_cut_goes_through_an_image(folder, side, side_cut):
             seen.add("skipped")
             continue
         count = int((cut[0].tokens == IMAGE).sum())
-        assert count == sum(image.num_tokens for image in cut[0].images)
+        assert count == sum(image.num_tokens for image in cut[0].media)
         assert (cut[0].tokens == OPENER).sum() == (cut[0].tokens == CLOSER).sum() == bool(count)
         seen.add("with" if count else "without")
     assert seen >= {"skipped", "with"}
@@ -321,8 +326,8 @@ def test_the_cache_keeps_images(folder, side, monkeypatch, cache):
     plain = read(folder, side, *rows)
     entries = [path for path in (cache / "tokens").iterdir() if path.is_dir()]
     again = read(folder, side, *rows)
-    assert [e.images for e in again] == [e.images for e in plain]
-    assert [len(e.images) for e in again] == [0, 1, 1, 1] and again.has_images
+    assert [e.media for e in again] == [e.media for e in plain]
+    assert [len(e.media) for e in again] == [0, 1, 1, 1] and again.has_media
     picture(*TALL, seed=9).save(folder / "wide.png")
     changed = read(folder, side, *rows)
     assert len(changed[1]) != len(plain[1])
@@ -340,33 +345,31 @@ def test_examples_are_equal_where_their_images_are(folder, side):
 
 def test_a_folder_without_images_has_no_file_of_them(folder, side, monkeypatch, cache):
     monkeypatch.setattr(dataset_module, "SMALL", 0)
-    assert not read(folder, side, asks("Hi")).has_images
-    assert not list((cache / "tokens").glob("*/images.json"))
+    assert not read(folder, side, asks("Hi")).has_media
+    assert not list((cache / "tokens").glob("*/media.json"))
 
 
 def test_a_file_that_changed_since(folder, side):
     [example] = read(folder, side, IN_ROWS["image"])
     picture(50, 60).save(folder / "wide.png")
     with pytest.raises(g4.DataError, match=r"train.jsonl:1: the image .* has changed"):
-        collate([example], images=SMALL)
+        collate([example], media=MEDIA)
     (folder / "wide.png").unlink()
     with pytest.raises(g4.DataError, match=r"train.jsonl:1: the image .* has changed"):
-        collate([example], images=SMALL)
+        collate([example], media=MEDIA)
 
 
 def test_batches_of_a_step_share_shapes(folder, side):
     rows = [IN_ROWS["image"], asks("Hi"), asks(ASKED, images=["tall.jpg", "wide.png"])]
     examples = list(read(folder, side, *rows))
     one, none, packed = collate_alike(
-        [[examples[0]], [examples[1]], [[examples[2], examples[0]]]], images=SMALL
+        [[examples[0]], [examples[1]], [[examples[2], examples[0]]]], media=MEDIA
     )
     assert none.media is None and none.images_BT is None
     assert one.media.pixel_values.shape == packed.media.pixel_values.shape == (3, 80 * 9, 48)
     numbers = np.array(packed.images_BT)
     assert (numbers >= 0).tolist() == (np.array(packed.tokens_BT) == IMAGE).tolist()
-    counts = [
-        image.num_tokens for example in (examples[2], examples[0]) for image in example.images
-    ]
+    counts = [image.num_tokens for example in (examples[2], examples[0]) for image in example.media]
     assert np.bincount(numbers[numbers >= 0]).tolist() == counts
     given = np.array(packed.media.image_position_ids).min(axis=2) >= 0
     assert (given.sum(axis=1) // 9).tolist() == counts
@@ -411,4 +414,4 @@ def test_rows_in_memory_name_files_only_with_the_flag(folder, side):
     rows = [asks(ASKED, image=str(folder / "wide.png"))]
     with pytest.raises(g4.DataError, match=r"rows\[0\]: turn 1 \(user\): has the image"):
         g4.read(rows, side)
-    assert g4.read(rows, side, g4.DataConfig(media_anywhere=True)).has_images
+    assert g4.read(rows, side, g4.DataConfig(media_anywhere=True)).has_media

@@ -21,8 +21,9 @@ from test_exact import LOSS
 from transformers.models.gemma4.processing_gemma4 import Gemma4Processor
 
 import mlx_gemma4 as g4
-from mlx_gemma4.data.media.image import image_file, patches
-from mlx_gemma4.model.processor import BUDGETS, ImageSettings
+from mlx_gemma4.media.image import patches
+from mlx_gemma4.media.kinds import media_file
+from mlx_gemma4.model.processor import BUDGETS, ImageSettings, MediaSettings
 from mlx_gemma4.model.tokenizer import load_tokenizer
 
 pil = pytest.importorskip("transformers.models.gemma4.image_processing_pil_gemma4")
@@ -70,7 +71,7 @@ def test_pixels(place, width, height, mode, patch, budget):
         patch_size=patch, pooling_kernel_size=3, max_soft_tokens=budget
     )(image, return_tensors="np")
     ours = ImageSettings(111, patch, 3, budget)
-    file = image_file(str(place), ours)
+    file = media_file("image", str(place), MediaSettings(ours))
     assert file.num_tokens == theirs["num_soft_tokens_per_image"][0]
     pixels, places = patches(file, ours)
     count = file.num_tokens * 9
@@ -79,7 +80,7 @@ def test_pixels(place, width, height, mode, patch, budget):
     assert np.array_equal(pixels, theirs["pixel_values"][0][:count])
     if UNIFIED:
         whole = ImageSettings(111, 3 * patch, 1, budget)
-        assert image_file(str(place), whole)[:3] == file[:3]
+        assert media_file("image", str(place), MediaSettings(whole))[:4] == file[:4]
         pixels, places = patches(file, whole)
         theirs = merged(*(theirs[name][0][:count] for name in THEIRS), file.num_tokens)
         assert np.array_equal(pixels, theirs[0]) and np.array_equal(places, theirs[1])

@@ -44,7 +44,7 @@ def test_a_folder_with_images(folder, data, tmp_path, capsys):
     output = tmp_path / "run"
     words = f"--model {folder} --data {data} --output {output} --iters 3 --report-every 1"
     train.main([*words.split(), "--batch-size", "2", "--lora-rank", "2", "--max-seq-length", "256"])
-    assert "loaded with the image encoder" in capsys.readouterr().out
+    assert "loaded with the encoders" in capsys.readouterr().out
     reports = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     losses = [report["loss"] for report in reports if report["loss"] is not None]
     assert len(losses) == 3 and np.isfinite(losses).all()
@@ -57,9 +57,9 @@ def test_packed_is_separate(folder, data):
     gemma = g4.load(folder, encoders=True)
     examples = list(g4.read(data, gemma))
     gemma.train_all()
-    packed = collate([examples], images=gemma.images)
+    packed = collate([examples], media=gemma.media)
     loss, _, grads = g4.loss_and_grads(gemma, packed)
-    apart = [g4.loss_and_grads(gemma, collate([e], images=gemma.images)) for e in examples]
+    apart = [g4.loss_and_grads(gemma, collate([e], media=gemma.media)) for e in examples]
     assert abs(float(loss) / sum(float(loss) for loss, _, _ in apart) - 1) < 1e-5
     total = tree_map(lambda *parts: sum(parts), *(grads for _, _, grads in apart))
     assert_same_grads(grads, total)

@@ -1,6 +1,6 @@
-"""Examples -> the arrays of a batch: padding, packed rows, the list of targets, and images.
+"""Examples -> the arrays of a batch: padding, packed rows, the list of targets, and media.
 
-Shapes: B rows, T positions, R targets, I images, S patches, C values of a patch.
+Shapes: B rows, T positions, R targets.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 
-from ...model.processor import ImageSettings, require_images
+from ...media.file import MediaFile
+from ...media.kinds import encoder_inputs, features
+from ...model.processor import NO_MEDIA, MediaSettings
 from ...nn.batch import Batch
 from ...nn.media import Media
 from ..example import Example
-from ..media.image import patches
 from ..read.records import located
 from .order import bucket, longest_bound, padded_length
 
@@ -23,17 +24,17 @@ from .order import bucket, longest_bound, padded_length
 def collate(
     rows: Sequence[Example | Sequence[Example]],
     pad_token: int = 0,
-    images: ImageSettings | None = None,
+    media: MediaSettings = NO_MEDIA,
 ) -> Batch:
     """Examples as one batch, padded on the right with `pad_token`.
 
     Args:
         rows: an example is a row of its own; a list of examples is one packed row, in which no
             example attends to another.
-        images: how images become patches, as `Gemma4.images` says.
+        media: how the model takes images and audio, as `Gemma4.media` says.
 
     Raises:
-        DataError: an image that cannot be read, or has changed since the rows were read.
+        DataError: a medium that cannot be read, or has changed since the rows were read.
 
     >>> one = Example(np.array([2, 7, 8]), np.array([False, False, True]), "rows.jsonl:1")
     >>> two = Example(np.array([2, 9]), np.array([False, True]), "rows.jsonl:2")
@@ -43,13 +44,13 @@ def collate(
     >>> batch.positions_R[:2].tolist(), batch.sequences_R[:2].tolist()
     ([1, 2], [0, 1])
     """
-    return collate_alike([rows], pad_token, images)[0]
+    return collate_alike([rows], pad_token, media)[0]
 
 
 def collate_alike(
     batches: Sequence[Sequence[Example | Sequence[Example]]],
     pad_token: int = 0,
-    images: ImageSettings | None = None,
+    media: MediaSettings = NO_MEDIA,
 ) -> list[Batch]:
     """`collate` for each of the batches of a step, in shapes that they share."""
     parts = [[[row] if isinstance(row, Example) else list(row) for row in rows] for rows in batches]
@@ -62,41 +63,46 @@ def collate_alike(
     packed = any(len(row) > 1 for row in every)
     bound = longest_bound(longest, T) if packed else None
     made = [_collate(rows, pad_token, T, R, packed, bound) for rows in parts]
-    if not any(example.images for es in examples for example in es):
-        return made
-    settings = require_images(images)
-    most = bucket(max(sum(len(example.images) for example in es) for es in examples), 1)
-    files = [image for es in examples for example in es for image in example.images]
-    largest = bucket(max(image.num_tokens for image in files), 16)
+    room = _room([[file for example in es for file in example.media] for es in examples])
     return [
-        _with_images(batch, rows, most, largest, settings) if any(e.images for e in es) else batch
+        _with_media(batch, rows, room, media) if any(e.media for e in es) else batch
         for batch, rows, es in zip(made, parts, examples)
     ]
 
 
-def _with_images(
-    batch: Batch, rows: list[list[Example]], most: int, largest: int, settings: ImageSettings
+def _room(batches: Sequence[Sequence[MediaFile]]) -> dict[str, tuple[int, int]]:
+    """By kind the most media of a batch and the most soft tokens of one, rounded up."""
+    room = {}
+    for kind in {file.kind for files in batches for file in files}:
+        own = [[file.num_tokens for file in files if file.kind == kind] for files in batches]
+        room[kind] = bucket(max(map(len, own)), 1), bucket(max(map(max, filter(None, own))), 16)
+    return room
+
+
+def _with_media(
+    batch: Batch,
+    rows: list[list[Example]],
+    room: dict[str, tuple[int, int]],
+    settings: MediaSettings,
 ) -> Batch:
-    """The batch with room for `most` images of `largest` soft tokens; what is left is padding."""
-    S, C = largest * settings.pooling**2, 3 * settings.patch**2
-    pixels_ISC = np.zeros((most, S, C), np.float32)
-    places_IS2 = np.full((most, S, 2), -1, np.int32)
-    numbers_BT = np.full(batch.tokens_BT.shape, -1, np.int32)
-    i = 0
-    for b, row in enumerate(rows):
-        start = 0
-        for example in row:
-            places = start + np.flatnonzero(example.tokens == settings.token)
-            counts = [image.num_tokens for image in example.images]
-            numbers_BT[b, places] = np.repeat(np.arange(i, i + len(counts)), counts)
-            for image in example.images:
-                with located(example.origin):
-                    pixels, at = patches(image, settings)
-                pixels_ISC[i, : len(at)], places_IS2[i, : len(at)] = pixels, at
-                i += 1
-            start += len(example) - 1
-    media = Media.of(pixel_values=pixels_ISC, image_position_ids=places_IS2)
-    return replace(batch, images_BT=mx.array(numbers_BT), largest_image=largest, media=media)
+    """The batch with inputs of the encoders, and with numbers of its images."""
+    tokens = np.asarray(batch.tokens_BT)
+    files = [file for row in rows for example in row for file in example.media]
+    origins = {id(file): e.origin for row in rows for e in row for file in e.media}
+
+    def read(file: MediaFile, settings: MediaSettings) -> tuple[np.ndarray, np.ndarray]:
+        with located(origins[id(file)]):
+            return features(file, settings)
+
+    inputs = encoder_inputs(files, settings, room, read)
+    batch = replace(batch, media=Media.of(**inputs))
+    counts = [file.num_tokens for file in files if file.kind == "image"]
+    if not counts:
+        return batch
+    numbers = np.full(tokens.shape, -1, np.int32)
+    is_image = tokens == settings.of("image").token
+    numbers[is_image] = np.repeat(np.arange(len(counts)), counts)
+    return replace(batch, images_BT=mx.array(numbers), largest_image=room["image"][1])
 
 
 def _collate(

@@ -18,32 +18,32 @@ import numpy as np
 
 from ...config import DataConfig
 from ...errors import DataError
-from ...model.processor import ImageSettings, require_images
-from ..example import Example, Facts, ImageFile, Store, origin_of
-from ..media.image import image_file
+from ...media.file import MediaFile
+from ...media.kinds import media_file
+from ...media.placeholders import Placeholders
+from ...model.processor import NO_MEDIA, MediaSettings
+from ..example import Example, Facts, Store, origin_of
 from ..read.records import Raw, located, row_error
 from . import spans
 from .formats import row_of
 from .prompt import opening, prompt_difference
-from .render import Rendering, images_of, render
+from .render import Rendering, media_of, render
 from .spans import MARKERS, TURN, Mark, Span
 
 _CHECKPOINT = "use the tokenizer of the checkpoint"
-_IMAGE = ("<|image>", "<|image|>", "<image|>")
-_MEDIA = (*_IMAGE, "<|audio>", "<|audio|>", "<audio|>", "<|video|>")
 
 
 @dataclass(frozen=True)
 class Task:
     """What does not change from row to row: ids at or above `vocab_size` are refused.
 
-    `images` says how images become patches, if the model sees any.
+    `media` says how the model takes images and audio.
     """
 
     tokenizer: Any
     vocab_size: int
     config: DataConfig
-    images: ImageSettings | None = None
+    media: MediaSettings = NO_MEDIA
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,8 @@ def encode_chunk(task: Task, chunk: Chunk) -> Store:
         try:
             with located(rendering.row.origin):
                 example = encoder.example(rendering, ids, facts.notes)
-                whole = encoder.with_images(example, rendering)
-                fitted = _fit(whole, task)
+                whole = encoder.with_media(example, rendering, facts.notes)
+                fitted = _fit(whole, task, encoder)
         except DataError as error:
             errors[i] = error
             continue
@@ -107,7 +107,7 @@ def _is_empty(turn: dict[str, Any]) -> bool:
     return is_learned and not turn["content"].strip() and not turn.get("tool_calls")
 
 
-def _fit(example: Example, task: Task) -> Example | None:
+def _fit(example: Example, task: Task, encoder: Encoder) -> Example | None:
     """The example within max_seq_length, or None to skip it."""
     highest, length = int(example.tokens.max()), task.config.max_seq_length
     if highest >= task.vocab_size:
@@ -124,27 +124,12 @@ def _fit(example: Example, task: Task) -> Example | None:
     if task.config.truncate_from == "start":
         kept[1:] += len(example) - length
     cut = replace(example, tokens=example.tokens[kept], mask=example.mask[kept])
-    if example.images and task.images:
-        images = _images_within(example, kept, task.images.token)
-        if images is None:
+    if example.media:
+        media = encoder.media_within(example, kept)
+        if media is None:
             return None
-        cut = replace(cut, images=images)
+        cut = replace(cut, media=media)
     return cut if cut.num_targets else None
-
-
-def _images_within(example: Example, kept: np.ndarray, token: int) -> tuple[ImageFile, ...] | None:
-    """The images whose tokens are all kept; None if a cut goes through one, or its opener."""
-    places, stays = np.flatnonzero(example.tokens == token), np.zeros(len(example), bool)
-    stays[kept] = True
-    ends = np.cumsum([image.num_tokens for image in example.images])
-    images = []
-    for image, end in zip(example.images, ends):
-        span = stays[places[end - image.num_tokens] - 1 : places[end - 1] + 2]
-        if span.all():
-            images.append(image)
-        elif span.any():
-            return None
-    return tuple(images)
 
 
 class Encoder:
@@ -167,11 +152,7 @@ class Encoder:
         self._ids = {marker: i for marker, i in ids.items() if i not in (None, unknown)}
         self._is_marker = np.zeros(len(tokenizer), bool)
         self._is_marker[list(self._ids.values())] = True
-        media = {text: tokenizer.convert_tokens_to_ids(text) for text in _MEDIA}
-        self._media = {text: i for text, i in media.items() if i not in (None, unknown)}
-        self._is_medium = np.zeros(len(tokenizer), bool)
-        self._is_medium[list(self._media.values())] = True
-        self._images = task.images
+        self._media, self._placeholders = task.media, Placeholders(tokenizer)
         # The tokens of "model" and the line's end, which stand after `<|turn>`.
         self._header = self.tokenize([TURN + "model\n"])[0].tolist()[1:]
 
@@ -203,33 +184,32 @@ class Encoder:
         notes.update({what: count for what, count in told.items() if count})
         return Example(tokens, mask, rendering.row.origin)
 
-    def with_images(self, example: Example, rendering: Rendering) -> Example:
-        """The example with as many image tokens as each image has soft tokens, none a target.
-
-        The template writes one token for an image; an opener and a closer come around them.
+    def with_media(self, example: Example, rendering: Rendering, notes: Counter[str]) -> Example:
+        """The example with as many tokens of media as there are soft tokens, none a target.
 
         Raises:
-            DataError: an image that cannot be read, or tokens of media that are the row's text.
+            DataError: a file that cannot be read, or tokens of media that are the row's text.
         """
-        paths = [part["image"] for part in images_of(rendering.messages)]
-        found = example.tokens[self._is_medium[example.tokens]]
-        if not len(found) and not paths:
+        parts = media_of(rendering.messages)
+        self._placeholders.require(example.tokens, [kind for kind, _ in parts])
+        if not parts:
             return example
-        image = self._media.get(_IMAGE[1], -1)
-        if len(found) != len(paths) or (found != image).any():
-            told = f"has {len(paths)} images, and {len(found)} tokens of media in its text"
-            do = f"remove {' '.join(self._media)} from the row's text"
-            raise row_error(told, f"a template that writes {_IMAGE[1]} for each image", do)
-        settings = require_images(self._images)
-        files = tuple(image_file(path, settings) for path in paths)
-        counts = np.ones(len(example), int)
-        counts[example.tokens == image] = [file.num_tokens + 2 for file in files]
-        tokens, ends = np.repeat(example.tokens, counts), np.cumsum(counts)
-        ends = ends[example.tokens == image]
-        tokens[ends - 1] = self._media[_IMAGE[2]]
-        tokens[ends - [file.num_tokens + 2 for file in files]] = self._media[_IMAGE[0]]
-        mask = np.repeat(example.mask, counts) & ~self._is_medium[tokens]
+        files = tuple(media_file(kind, path, self._media, notes) for kind, path in parts)
+        tokens, counts = self._placeholders.expanded(example.tokens, files)
+        mask = np.repeat(example.mask, counts) & ~self._placeholders.among(tokens)
         return Example(tokens, mask, example.origin, files)
+
+    def media_within(self, example: Example, kept: np.ndarray) -> tuple[MediaFile, ...] | None:
+        """The media whose tokens are all kept; None if a cut goes through one, or its opener."""
+        places = np.flatnonzero(self._placeholders.among(example.tokens))
+        stays, end, media = np.isin(places, kept), 0, []
+        for file in example.media:
+            start, end = end, end + file.num_tokens + 2
+            if stays[start:end].all():
+                media.append(file)
+            elif stays[start:end].any():
+                return None
+        return tuple(media)
 
     def _conversation(
         self, rendering: Rendering, tokens: np.ndarray

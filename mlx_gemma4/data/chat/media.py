@@ -1,7 +1,7 @@
 """Images and audio of rows: parts of a turn, by the path of a file each.
 
 A part is {"type": "text" | "image" | "audio", the same word: text or path}. Paths stay in the
-rows' folder. An image that the row holds itself becomes a file in the cache, named by its content.
+rows' folder. What the row holds itself becomes a file in the cache, named by its content.
 """
 
 from __future__ import annotations
@@ -9,58 +9,66 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ...errors import DataError
+from ...media.kinds import content_of, require_readable
 from ...storage import cache_folder, new_file
-from ..media.image import as_png, seen_size
 from ..read.records import row_error
 
 MEDIA = {
     **dict.fromkeys(("image", "image_url", "input_image"), "image"),
-    **dict.fromkeys(("audio", "audio_url"), "audio"),
+    **dict.fromkeys(("audio", "audio_url", "input_audio"), "audio"),
 }
 """Types of parts, as files write them, and what we call them."""
 
-_FIELDS = {"image": "image", "images": "image", "audio": "audio", "audios": "audio"}
-_MARK = "<image>"  # where LLaVA's rows have an image in their text
-_BASE64 = ("/9j/", "iVBORw0KGgo", "UklGR", "R0lGOD")
-"""How base64 of a JPEG, PNG, WebP and GIF file begins."""
+_FIELDS = {"audio": ("audio", "audios"), "image": ("image", "images")}
+_MARKS = {"audio": "<audio>", "image": "<image>"}  # where LLaVA's rows have media in their text
+_BASE64 = {
+    "image": ("/9j/", "iVBORw0KGgo", "UklGR", "R0lGOD"),
+    "audio": ("UklGR", "ZkxhQ", "T2dnU", "SUQz"),
+}
+"""How base64 of a JPEG, PNG, WebP and GIF file begins, and of a WAV, FLAC, Ogg and MP3 file."""
 
 
 def add_media(turns: list, record: dict) -> list:
     """Turns with the images and audio of the row's own columns as parts.
 
-    They take the places that wait for them, parts without content or <image> in a text, and
-    without any place come first in the first user turn.
+    They take the places that wait for them, parts without content or <image> and <audio> in a
+    text, and without any place come first in the first user turn.
 
     Raises:
-        DataError: more or fewer places than there are images.
+        DataError: more or fewer places than there are media of a kind.
     """
-    parts = [
-        {"type": kind, kind: value}
-        for field, kind in _FIELDS.items()
-        if (values := record.get(field))
-        for value in (values if isinstance(values, list) else [values])
-    ]
-    images = [part for part in parts if part["type"] == "image"]
-    if not images:
-        return _first(turns, parts) if parts else turns
-    split = [_with_marks(turn) for turn in turns]
-    shown = [part for turn in split for part in _parts(turn) if MEDIA.get(part["type"]) == "image"]
+    for kind, fields in _FIELDS.items():
+        given = (record.get(field) for field in fields)
+        values = (value for value in given if not _is_empty(value))
+        lists = (value if isinstance(value, list) else [value] for value in values)
+        if parts := [{"type": kind, kind: value} for values in lists for value in values]:
+            turns = _placed(turns, parts, kind)
+    return turns
+
+
+def _is_empty(value: Any) -> bool:
+    """Whether a column or a part holds nothing; arrays have no truth of their own."""
+    return value is None or (isinstance(value, (str, bytes, list, dict)) and not value)
+
+
+def _placed(turns: list, media: list[dict], kind: str) -> list:
+    split = [_with_marks(turn, _MARKS[kind], kind) for turn in turns]
+    shown = [part for turn in split for part in _parts(turn) if MEDIA.get(part["type"]) == kind]
     if not shown:
-        return _first(turns, parts)
-    waiting = [part for part in shown if not _content_of(part)]
-    if len(waiting) != len(images):
-        found = f"has {len(images)} images, and {len(waiting)} places for them in its turns"
+        return _first(turns, media)
+    waiting = [part for part in shown if _content_of(part) is None]
+    if len(waiting) != len(media):
+        word = {"image": "images", "audio": "recordings"}[kind]
+        found = f"has {len(media)} {word}, and {len(waiting)} places for them in its turns"
         raise row_error(found, "a place for each, or none at all")
-    for place, image in zip(waiting, images):
-        place.update(image)
-    others = [part for part in parts if part["type"] != "image"]
-    return _first(split, others) if others else split
+    for place, medium in zip(waiting, media):
+        place.update(medium)
+    return split
 
 
 def _first(turns: list, parts: list[dict]) -> list:
@@ -77,17 +85,17 @@ def _key(turn: dict) -> str:
     return "value" if "from" in turn else "content"
 
 
-def _with_marks(turn: Any) -> Any:
+def _with_marks(turn: Any, mark: str, kind: str) -> Any:
     """A copy of a turn; its text is cut into parts where it has marks."""
     if not isinstance(turn, dict):
         return turn
     content = turn.get(_key(turn))
-    if isinstance(content, str) and _MARK in content:
-        first, *rest = content.split(_MARK)
+    if isinstance(content, str) and mark in content:
+        first, *rest = content.split(mark)
         pieces: list = [{"type": "text", "text": first}]
         for text in rest:
-            pieces += [{"type": "image"}, {"type": "text", "text": text}]
-        content = [piece for piece in pieces if piece.get("text", _MARK).strip()]
+            pieces += [{"type": kind}, {"type": "text", "text": text}]
+        content = [piece for piece in pieces if piece.get("text", mark).strip()]
     elif isinstance(content, list):
         content = [{**part} if isinstance(part, dict) else part for part in content]
     return {**turn, _key(turn): content}
@@ -104,9 +112,10 @@ def _parts(turn: Any) -> Iterator[dict]:
 def _content_of(part: dict) -> Any:
     """What a part of media holds or names, or None."""
     keys = (part["type"], MEDIA[part["type"]], "path", "url", "bytes", "base64")
-    value = next((part[key] for key in keys if part.get(key)), None)
-    if isinstance(value, dict):
-        value = next((value[key] for key in ("bytes", "url", "path") if value.get(key)), None)
+    value = next((part[key] for key in keys if not _is_empty(part.get(key))), None)
+    if isinstance(value, dict) and "array" not in value:
+        names = ("bytes", "data", "url", "path")
+        value = next((value[name] for name in names if not _is_empty(value.get(name))), None)
     return value
 
 
@@ -117,20 +126,18 @@ def media_part(part: dict, folder: Path | None, anywhere: bool) -> dict[str, str
         DataError: an address instead of a path, a path outside the folder, or no file there.
     """
     kind, value = MEDIA[part["type"]], _content_of(part)
-    if kind == "image" and (content := _bytes_of(value)) is not None:
-        return {"type": kind, kind: str(_kept(content))}
+    content = content_of(kind, value)
+    if content is None and isinstance(value, str):
+        content = _decoded(value, kind)
+    if content is not None:
+        return {"type": kind, kind: str(_kept(content, kind))}
     return {"type": kind, kind: str(_within(value, kind, folder, anywhere))}
 
 
-def _bytes_of(value: Any) -> bytes | None:
-    """The content of an image file that a row holds itself; None for anything else."""
-    library = sys.modules.get("PIL.Image")  # whoever has such an image has imported it
-    if library is not None and isinstance(value, library.Image):
-        return as_png(value)
-    if isinstance(value, bytes):
-        return value
-    is_address = isinstance(value, str) and value[:5].lower() == "data:"
-    if not is_address and not (isinstance(value, str) and value.startswith(_BASE64)):
+def _decoded(value: str, kind: str) -> bytes | None:
+    """The content of a file that is written as base64; None for a path."""
+    is_address = value[:5].lower() == "data:"
+    if not is_address and not value.startswith(_BASE64[kind]):
         return None
     head, _, text = value.partition(",") if is_address else (";base64", "", value)
     try:
@@ -138,14 +145,15 @@ def _bytes_of(value: Any) -> bytes | None:
             return base64.b64decode("".join(text.split()), validate=True)
     except (binascii.Error, ValueError):
         pass
-    found = f"has the image {value[:40]!r}..., which is not base64"
-    raise row_error(found, "a path, or data:image/png;base64,...")
+    example = {"image": "image/png", "audio": "audio/wav"}[kind]
+    found = f"has the {kind} {value[:40]!r}..., which is not base64"
+    raise row_error(found, f"a path, or data:{example};base64,...")
 
 
-def _kept(content: bytes) -> Path:
+def _kept(content: bytes, kind: str) -> Path:
     """The file in the cache that has this content; made if it is not there."""
-    seen_size(content)
-    path = cache_folder("images") / hashlib.sha256(content).hexdigest()[:32]
+    require_readable(kind, content)
+    path = cache_folder("media") / hashlib.sha256(content).hexdigest()[:32]
     try:
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -153,8 +161,8 @@ def _kept(content: bytes) -> Path:
                 partial.write_bytes(content)
     except OSError as error:
         do = "free some space, or set MLX_GEMMA4_CACHE to another folder"
-        found = f"cannot keep an image of the row in {path.parent}: {error}"
-        raise DataError(found, wanted="room for the images that rows hold", do=do) from None
+        found = f"cannot keep the {kind} of the row in {path.parent}: {error}"
+        raise DataError(found, wanted="room for media that rows hold", do=do) from None
     return path
 
 

@@ -121,10 +121,11 @@ def apply_template(tokenizer: Any, messages: Any, options: dict[str, Any]) -> An
         raise row_error(found, "roles and fields as the template allows them", do) from None
 
 
-def images_of(messages: Sequence[Turn]) -> list[dict[str, str]]:
-    """The parts of a conversation that are images, in order."""
+def media_of(messages: Sequence[Turn]) -> list[tuple[str, str]]:
+    """(kind, path) of the parts of a conversation that are media, in order."""
     lists = (turn["content"] for turn in messages if isinstance(turn["content"], list))
-    return [part for parts in lists for part in parts if part["type"] == "image"]
+    parts = (part for parts in lists for part in parts if part["type"] != "text")
+    return [(part["type"], part[part["type"]]) for part in parts]
 
 
 def _said(turn: Turn) -> list[str]:
@@ -152,9 +153,9 @@ def _refuse_markers_in_answers(messages: Sequence[Turn], ends: tuple[str, str]) 
     never = (TURN, END_OF_TURN, *ends)
     for number, turn in enumerate(messages, 1):
         kinds = {part["type"] for part in turn["content"] if isinstance(part, dict)}
-        if "audio" in kinds or (kinds and turn["role"] != "user"):
+        if kinds and turn["role"] != "user":
             what = f"turn {number} ({turn['role']}) holds {' and '.join(sorted(kinds))}"
-            raise row_error(what, "images in turns of the user; audio cannot be trained on so far")
+            raise row_error(what, "images and audio in turns of the user")
         if turn["role"] != "assistant":
             continue
         found = [marker for marker in never if marker in turn["content"]]

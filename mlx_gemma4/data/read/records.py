@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from itertools import chain
 from typing import IO, Any, NamedTuple, NoReturn
 
-from ...errors import DataError
+from ...errors import DataError, row_error
 from ...extras import import_extra
 
 Raw = Any
@@ -31,11 +31,6 @@ class Cells(NamedTuple):
 
     names: list[str]
     cells: list[str]
-
-
-def row_error(found: str, wanted: str, do: str = "mend or remove the line") -> DataError:
-    """The error for a row that cannot be used."""
-    return DataError(found, wanted=wanted, do=do)
 
 
 @contextlib.contextmanager

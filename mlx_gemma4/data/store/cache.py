@@ -15,24 +15,25 @@ from typing import Any
 import numpy as np
 
 from ...errors import DataError
+from ...media.file import MediaFile, is_unchanged
 from ...storage import cache_folder, new_folder
 from ..chat.encode import Task
-from ..example import Facts, ImageFile, Store
-from ..media.image import is_unchanged
+from ..example import Facts, Store
 
 _DATA = Path(__file__).parent.parent
-_FACTS, _IMAGES = "facts.json", "images.json"
+_FACTS, _MEDIA = "facts.json", "media.json"
 _COLUMNS = ("lengths", "targets", "numbers", "digests")
 
 CODE = (
     *("example.py", "read/files.py", "read/records.py", "read/sources.py"),
     *("chat/encode.py", "chat/formats.py", "chat/media.py", "chat/prompt.py"),
-    *("chat/render.py", "chat/spans.py", "chat/thoughts.py", "media/image.py"),
+    *("chat/render.py", "chat/spans.py", "chat/thoughts.py"),
     *("store/cache.py", "store/workers.py"),
+    *("../media/audio.py", "../media/image.py", "../media/kinds.py", "../media/placeholders.py"),
 )
 """The modules that decide what is stored: a change in one of them makes new entries."""
 
-_LIBRARIES = ("transformers", "tokenizers", "jinja2", "pyarrow", "numpy")
+_LIBRARIES = ("transformers", "tokenizers", "jinja2", "pyarrow", "numpy", "soxr")
 _OF_SOURCES = ("dataset_config", "dataset_split", "valid_fraction")
 """Settings that decide which rows are read, not what becomes of them."""
 
@@ -45,7 +46,7 @@ def tokens_key(task: Task) -> str:
         repr(tokenizer.chat_template),
         repr(sorted(tokenizer.special_tokens_map.items(), key=repr)),
         str(task.vocab_size),
-        repr(task.images),
+        repr(task.media),
         repr([pair for pair in vars(task.config).items() if pair[0] not in _OF_SOURCES]),
         repr([_version(name) for name in _LIBRARIES]),
         *((_DATA / name).read_text() for name in CODE),
@@ -90,7 +91,7 @@ def cached(key: str, build: Callable[[Path], Any]) -> Path:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether every file has the size that was noted, and every image is as it was."""
+    """Whether every file has the size that was noted, and every medium is as it was."""
     try:
         noted = json.loads((folder / _FACTS).read_text())["sizes"]
         sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
@@ -98,34 +99,34 @@ def _is_whole(folder: Path) -> bool:
         return False
     if not (sizes.pop(_FACTS) > 0 and sizes == noted):
         return False
-    return all(is_unchanged(image) for images in _images(folder).values() for image in images)
+    return all(is_unchanged(file) for files in _media(folder).values() for file in files)
 
 
-def _images(folder: Path) -> dict[int, tuple[ImageFile, ...]]:
-    """The images of the examples in an entry, which has a file of them if there are any."""
-    path = folder / _IMAGES
+def _media(folder: Path) -> dict[int, tuple[MediaFile, ...]]:
+    """The media of the examples in an entry, which has a file of them if there are any."""
+    path = folder / _MEDIA
     stored = json.loads(path.read_text()) if path.is_file() else {}
-    return {int(i): tuple(ImageFile(*image) for image in images) for i, images in stored.items()}
+    return {int(i): tuple(MediaFile(*file) for file in files) for i, files in stored.items()}
 
 
 def write_store(parts: Iterable[Store], folder: Path) -> None:
     """Write stores as one; tokens go to the disk as they come."""
     facts = Facts()
     columns: dict[str, list[np.ndarray]] = {name: [] for name in _COLUMNS}
-    images: dict[int, tuple[ImageFile, ...]] = {}
+    media: dict[int, tuple[MediaFile, ...]] = {}
     count = 0
     with (folder / "tokens.bin").open("wb") as file:
         for part in parts:
             part.tokens.tofile(file)
             facts.add(part.facts)
-            images |= {count + i: files for i, files in part.images.items()}
+            media |= {count + i: files for i, files in part.media.items()}
             count += len(part)
             for name, arrays in columns.items():
                 arrays.append(getattr(part, name))
     for name, arrays in columns.items():
         np.save(folder / f"{name}.npy", np.concatenate(arrays))
-    if images:
-        (folder / _IMAGES).write_text(json.dumps(images))
+    if media:
+        (folder / _MEDIA).write_text(json.dumps(media))
     sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
     (folder / _FACTS).write_text(json.dumps({"facts": vars(facts), "sizes": sizes}))
 
@@ -136,5 +137,5 @@ def open_store(folder: Path, place: str) -> Store:
     facts = json.loads((folder / _FACTS).read_text())["facts"]
     facts |= {name: Counter(facts[name]) for name in ("shapes", "notes")}
     tokens = np.memmap(folder / "tokens.bin", np.uint32, "r")
-    images = _images(folder)
-    return Store(tokens=tokens, facts=Facts(**facts), place=place, images=images, **columns)
+    media = _media(folder)
+    return Store(tokens=tokens, facts=Facts(**facts), place=place, media=media, **columns)

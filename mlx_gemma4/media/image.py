@@ -9,42 +9,35 @@ Shapes: S patches, C values of a patch.
 from __future__ import annotations
 
 import io
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ...errors import DataError
-from ...model.processor import ImageSettings
-from ...storage import hash_file
-from ..example import ImageFile
-from ..read.records import row_error
+from ..errors import row_error
+from ..model.processor import ImageSettings
+from .file import MediaFile, name_of, told
 
 MOST_PIXELS = 64_000_000
 """Decoded, an image of so many pixels takes 0.2 GB; one with transparency a few times that."""
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 _ORIENTATION, _ON_THEIR_SIDE = 0x0112, (5, 6, 7, 8)  # of EXIF
-_WANTED = "a JPEG, PNG, WebP, GIF, BMP or TIFF image that is whole"
+WANTED = "a JPEG, PNG, WebP, GIF, BMP or TIFF image that is whole"
 _LEVELS = (np.arange(256) * (1 / 255)).astype(np.float32)
 
 
-def image_file(path: str, settings: ImageSettings) -> ImageFile:
-    """What an example keeps of an image, after all of it was decoded once.
+def seen_size(source: str | bytes) -> tuple[int, int]:
+    """(width, height) of an image as it is seen: turned as its EXIF data say.
+
+    All of it is decoded once.
 
     Raises:
-        DataError: a file that is no image, not whole, or too large.
+        DataError: what is no image, not whole, or too large.
     """
-    columns, rows = settings.grid(*seen_size(path))
-    with _told(path):
-        return ImageFile(path, columns, rows, hash_file(Path(path))[:16], *_stamp(path))
-
-
-def seen_size(source: str | bytes) -> tuple[int, int]:
-    """(width, height) of an image as it is seen: turned as its EXIF data say."""
     with _opened(source) as image:
         width, height = image.size
         image.draft(None, (width // 8, height // 8))  # a JPEG is decoded in small, and faster
@@ -53,17 +46,16 @@ def seen_size(source: str | bytes) -> tuple[int, int]:
     return (height, width) if turned else (width, height)
 
 
-def patches(file: ImageFile, settings: ImageSettings) -> tuple[np.ndarray, np.ndarray]:
+def grid(source: str | bytes, settings: ImageSettings) -> tuple[int, int]:
+    """(columns, rows) of soft tokens of an image; errors as of `seen_size`."""
+    return settings.grid(*seen_size(source))
+
+
+def patches(file: MediaFile, settings: ImageSettings) -> tuple[np.ndarray, np.ndarray]:
     """Patches (S, C), float32 from 0 to 1, and the (x, y) of each (S, 2), in reading order.
 
     Transparent parts are white. An animation gives its first frame.
-
-    Raises:
-        DataError: the file is not as it was when the rows were read.
     """
-    if not is_unchanged(file):
-        found = f"the image {file.path} has changed since the rows were read"
-        raise row_error(found, "files that stay as they are", "begin again")
     with _opened(file.path) as image:
         seen = upright_rgb(image)
         size = file.columns * settings.side, file.rows * settings.side
@@ -74,14 +66,6 @@ def patches(file: ImageFile, settings: ImageSettings) -> tuple[np.ndarray, np.nd
     squares = pixels.reshape(rows, p, columns, p, 3).transpose(0, 2, 1, 3, 4)
     y, x = np.divmod(np.arange(columns * rows), columns)
     return _LEVELS[squares.reshape(columns * rows, -1)], np.stack([x, y], axis=-1)
-
-
-def is_unchanged(file: ImageFile) -> bool:
-    """Whether the file is there with the size and time that it had."""
-    try:
-        return _stamp(file.path) == (file.size, file.changed)
-    except OSError:
-        return False
 
 
 def upright_rgb(image: Any) -> Any:
@@ -95,47 +79,33 @@ def upright_rgb(image: Any) -> Any:
     return image.convert("RGB")
 
 
-def as_png(image: Any) -> bytes:
-    """A PIL image as the bytes of a file that has the same pixels in `patches`."""
-    with _told("in the row"):
+def as_file(value: Any) -> bytes | None:
+    """A PIL image as the content of a file that has the same pixels; None for anything else."""
+    library = sys.modules.get("PIL.Image")  # whoever has such an image has imported it
+    if library is None or not isinstance(value, library.Image):
+        return None
+    with told("image in the row", WANTED):
         file = io.BytesIO()
-        upright_rgb(image).save(file, "PNG", compress_level=1)
+        upright_rgb(value).save(file, "PNG", compress_level=1)
         return file.getvalue()
 
 
 @contextmanager
 def _opened(source: str | bytes) -> Iterator[Any]:
     """A PIL image of which only the header was read."""
-    what = "in the row" if isinstance(source, bytes) else source
-    with _told(what), warnings.catch_warnings():
+    what = f"image {name_of(source)}"
+    with told(what, WANTED), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         file: Any = io.BytesIO(source) if isinstance(source, bytes) else source
         with _PIL().Image.open(file, formats=_FORMATS) as image:
             width, height = image.size
             if width * height > MOST_PIXELS:
                 raise row_error(
-                    f"the image {what} has {width:,} x {height:,} pixels",
+                    f"the {what} has {width:,} x {height:,} pixels",
                     f"at most {MOST_PIXELS:,} pixels",
                     "make it smaller, or remove the line",
                 )
             yield image
-
-
-@contextmanager
-def _told(what: str) -> Iterator[None]:
-    """Whatever a decoder raises, as one line."""
-    try:
-        yield
-    except DataError:
-        raise
-    except Exception as error:  # anything: another library reads files that may be broken
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise row_error(f"the image {what} cannot be read: {reason}", _WANTED) from None
-
-
-def _stamp(path: str) -> tuple[int, int]:
-    found = Path(path).stat()
-    return found.st_size, found.st_mtime_ns
 
 
 def _PIL() -> Any:

@@ -1,1 +1,0 @@
-"""Image files -> what the model's processor makes of them."""

@@ -1,0 +1,1 @@
+"""Images and recordings -> what the encoders take, equal to transformers' processors."""
