@@ -307,12 +307,14 @@ def test_workers_start_from_a_script_without_a_guard_and_from_no_script_at_all(
 def code(tmp_path, monkeypatch) -> Path:
     """A copy of the modules of data/, of which keys are made."""
     copied = tmp_path / "data"
-    shutil.copytree(cache._DATA, copied, ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(cache, "_DATA", copied)
+    shutil.copytree(cache._PACKAGE, copied, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(cache, "_PACKAGE", copied)
     return copied
 
 
-@pytest.mark.parametrize("name", ["inspect.py", "dataset.py", "batch/order.py", "__main__.py"])
+@pytest.mark.parametrize(
+    "name", ["data/inspect.py", "data/dataset.py", "data/batch/order.py", "data/__main__.py"]
+)
 def test_code_that_decides_no_token_is_not_in_the_key(code, side, name):
     task = Task(side.tokenizer, side.plan.vocab_size, DataConfig())
     before = cache.tokens_key(task)
@@ -339,7 +341,7 @@ def test_workers_load_no_mlx_and_no_module_that_the_key_does_not_name(tiny):
         f"tokenizer = load_tokenizer(Path({str(tiny)!r}))\n"
         'rows = [(1, b\'{"prompt": "Hi", "completion": "Hello"}\')]\n'
         "encode_chunk(Task(tokenizer, 9999, DataConfig()), Chunk('rows:', None, rows))\n"
-        "files = [m.__file__ for n, m in sys.modules.items() if n.startswith('mlx_gemma4.data.')]\n"
+        "files = [m.__file__ for n, m in sys.modules.items() if n.startswith(('mlx_gemma4.data.', 'mlx_gemma4.media.'))]\n"
         "print([n for n in sys.modules if n.split('.')[0] in ('mlx', 'mlx_lm', 'mlx_vlm')])\n"
         "print('\\n'.join(files))\n"
     )
@@ -347,6 +349,6 @@ def test_workers_load_no_mlx_and_no_module_that_the_key_does_not_name(tiny):
     assert done.returncode == 0, done.stderr
     heavy, *files = done.stdout.split("\n")[:-1]
     assert heavy == "[]"
-    loaded = {Path(file).relative_to(cache._DATA).as_posix() for file in files}
+    loaded = {Path(file).relative_to(cache._PACKAGE).as_posix() for file in files}
     assert {name for name in loaded if not name.endswith("__init__.py")} <= set(cache.CODE)
-    assert all((cache._DATA / name).exists() for name in cache.CODE)
+    assert all((cache._PACKAGE / name).exists() for name in cache.CODE)

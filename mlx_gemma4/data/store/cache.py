@@ -20,16 +20,16 @@ from ...storage import cache_folder, new_folder
 from ..chat.encode import Task
 from ..example import Facts, Store
 
-_DATA = Path(__file__).parent.parent
+_PACKAGE = Path(__file__).parents[2]
 _FACTS, _MEDIA = "facts.json", "media.json"
 _COLUMNS = ("lengths", "targets", "numbers", "digests")
 
 CODE = (
-    *("example.py", "read/files.py", "read/records.py", "read/sources.py"),
-    *("chat/encode.py", "chat/formats.py", "chat/media.py", "chat/prompt.py"),
-    *("chat/render.py", "chat/spans.py", "chat/thoughts.py"),
-    *("store/cache.py", "store/workers.py"),
-    *("../media/audio.py", "../media/image.py", "../media/kinds.py", "../media/placeholders.py"),
+    *("data/example.py", "data/read/files.py", "data/read/records.py", "data/read/sources.py"),
+    *("data/chat/encode.py", "data/chat/formats.py", "data/chat/media.py", "data/chat/prompt.py"),
+    *("data/chat/render.py", "data/chat/spans.py", "data/chat/thoughts.py"),
+    *("data/store/cache.py", "data/store/workers.py", "media/audio.py", "media/file.py"),
+    *("media/image.py", "media/kinds.py", "media/placeholders.py"),
 )
 """The modules that decide what is stored: a change in one of them makes new entries."""
 
@@ -49,7 +49,7 @@ def tokens_key(task: Task) -> str:
         repr(task.media),
         repr([pair for pair in vars(task.config).items() if pair[0] not in _OF_SOURCES]),
         repr([_version(name) for name in _LIBRARIES]),
-        *((_DATA / name).read_text() for name in CODE),
+        *((_PACKAGE / name).read_text() for name in CODE),
     ]
     return hashlib.sha256("\0".join(made_of).encode()).hexdigest()
 
