@@ -19,6 +19,7 @@ from ..objectives import Objective
 from ..objectives.sft import sft
 from ..storage import parse_json
 from .prefetch import prepared
+from .soft_tokens import SoftTokens
 
 _SAMPLE_TOKENS = 128
 
@@ -30,6 +31,7 @@ def evaluate(
     config: TrainConfig = TrainConfig(),
     objective: Objective = sft,
     stopped: Callable[[], bool] = lambda: False,
+    soft: SoftTokens | None = None,
 ) -> float | None:
     """The objective's loss over its count: with `sft`, nats per target token.
 
@@ -38,13 +40,14 @@ def evaluate(
         data: gives the length of packed rows.
         config: gives the batch size, and whether rows are packed.
         stopped: asked before every batch; the loss is None once it says so.
+        soft: gives soft tokens of media, instead of the encoders.
     """
     gemma.backbone.eval()
     order = BatchOrder.of(examples, data.max_seq_length, config.batch_size, config.packing)
     batches = ((None, [rows]) for rows in order.in_file_order()[: config.val_batches])
     options = StepOptions(attention=config.attention)
     loss, count = mx.zeros(()), mx.zeros(())
-    for _, (batch,) in prepared(gemma, examples, batches):
+    for _, (batch,) in prepared(gemma, examples, batches, soft):
         if stopped():
             return None
         sums = objective(batch_log_probs(gemma, batch, options, gradient=False), batch)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import numpy as np
 from ..config import LoraConfig, TrainConfig, flatten
 from ..data.batch.order import BatchOrder
 from ..data.dataset import Dataset
-from ..data.example import Examples
+from ..data.example import Example, Examples
 from ..data.inspect import Shown
 from ..errors import DataError, TrainingError
 from ..gemma import Gemma4
@@ -38,6 +38,7 @@ from .loggers import make_loggers
 from .optim import make_optimizer
 from .prefetch import Progress, training_steps
 from .run import Callback, MetricsFile, ReportPage, Run, read_metrics
+from .soft_tokens import SoftTokens
 from .trainer import Trainer
 
 _EXAMPLES, _LONG_EXAMPLE = 3, 4000
@@ -103,7 +104,9 @@ def finetune(
     optimizer = make_optimizer(config, total, gemma.backbone.trainable_parameters())
     layers, memory, note = run_memory(gemma, data.train, config, order, optimizer, objective)
     parts = f"only these parts train: {', '.join(config.train_parts)}" if config.train_parts else ""
-    notes = [note, *filter(None, [parts, router_risk(gemma.backbone), *data.facts.prompts])]
+    soft = SoftTokens.of(gemma) if data.has_media else None
+    kept = f"soft tokens of media are kept in {soft.folder}" if soft else ""
+    notes = [note, *filter(None, [parts, router_risk(gemma.backbone), *data.facts.prompts, kept])]
     run = Run(gemma, notes, output=output.path if output else None)
     settings = flatten(config, data.config, *([gemma.lora] if gemma.lora else []))
     settings |= {"model": gemma.name, "data": data.source}
@@ -116,12 +119,15 @@ def finetune(
         listeners.append(MetricsFile(output.path / METRICS))
         listeners.append(ReportPage(output.path / REPORT, settings, _some(data)))
     prompts = _sample_prompts(gemma, config)
-    validate = partial(
-        evaluate, gemma, data.valid, data.config, config, objective, lambda: run.interrupted
+    measure = partial(
+        evaluate, gemma, data=data.config, config=config, objective=objective, soft=soft
     )
+    validate = partial(measure, data.valid, stopped=lambda: run.interrupted)
     trainer = Trainer(
         gemma,
-        training_steps(gemma, data.train, order, progress, total, config.grad_accumulation_steps),
+        training_steps(
+            gemma, data.train, order, progress, total, config.grad_accumulation_steps, soft
+        ),
         optimizer,
         objective,
         callbacks=listeners,
@@ -136,7 +142,7 @@ def finetune(
     length, of_layers = data.config.max_seq_length, len(gemma.plan.layers)
     with within_memory(config, length, layers, of_layers, memory), interruptible(run):
         trainer.train(total)
-    run.summary = _summary(run, data, config, objective) | {
+    run.summary = _summary(run, data, measure) | {
         "seconds": time.perf_counter() - started,
         "resident_before_gb": resident / 1e9,
         "compilations": trainer.step.compilations,
@@ -240,7 +246,9 @@ def _total_steps(order: BatchOrder, config: TrainConfig) -> int:
     return max(1, math.ceil(batches / config.grad_accumulation_steps))
 
 
-def _summary(run: Run, data: Dataset, config: TrainConfig, objective: Objective) -> dict[str, Any]:
+def _summary(
+    run: Run, data: Dataset, measure: Callable[[Sequence[Example]], float | None]
+) -> dict[str, Any]:
     trained, validated = (
         [report[key] for report in run.history if report[key] is not None]
         for key in ("loss", "val_loss")
@@ -249,7 +257,7 @@ def _summary(run: Run, data: Dataset, config: TrainConfig, objective: Objective)
     losses = {m["val_loss"]: m["step"] for m in run.history[::-1] if m["val_loss"] is not None}
     test = None
     if data.test and not run.interrupted:
-        test = evaluate(run.gemma, data.test, data.config, config, objective)
+        test = measure(data.test)
     return {
         "model": run.gemma.name,
         "data": data.source,

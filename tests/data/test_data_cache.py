@@ -341,7 +341,8 @@ def test_workers_load_no_mlx_and_no_module_that_the_key_does_not_name(tiny):
         f"tokenizer = load_tokenizer(Path({str(tiny)!r}))\n"
         'rows = [(1, b\'{"prompt": "Hi", "completion": "Hello"}\')]\n'
         "encode_chunk(Task(tokenizer, 9999, DataConfig()), Chunk('rows:', None, rows))\n"
-        "files = [m.__file__ for n, m in sys.modules.items() if n.startswith(('mlx_gemma4.data.', 'mlx_gemma4.media.'))]\n"
+        "ours = ('mlx_gemma4.data.', 'mlx_gemma4.media.')\n"
+        "files = [m.__file__ for n, m in sys.modules.items() if n.startswith(ours)]\n"
         "print([n for n in sys.modules if n.split('.')[0] in ('mlx', 'mlx_lm', 'mlx_vlm')])\n"
         "print('\\n'.join(files))\n"
     )

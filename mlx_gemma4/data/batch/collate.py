@@ -51,8 +51,13 @@ def collate_alike(
     batches: Sequence[Sequence[Example | Sequence[Example]]],
     pad_token: int = 0,
     media: MediaSettings = NO_MEDIA,
+    encoded: bool = False,
 ) -> list[Batch]:
-    """`collate` for each of the batches of a step, in shapes that they share."""
+    """`collate` for each of the batches of a step, in shapes that they share.
+
+    Args:
+        encoded: soft tokens come from elsewhere, in the order of their tokens: media are not read.
+    """
     parts = [[[row] if isinstance(row, Example) else list(row) for row in rows] for rows in batches]
     every = [row for rows in parts for row in rows]
     examples = [[example for row in rows for example in row] for rows in parts]
@@ -65,7 +70,7 @@ def collate_alike(
     made = [_collate(rows, pad_token, T, R, packed, bound) for rows in parts]
     room = _room([[file for example in es for file in example.media] for es in examples])
     return [
-        _with_media(batch, rows, room, media) if any(e.media for e in es) else batch
+        _with_media(batch, rows, room, media, encoded) if any(e.media for e in es) else batch
         for batch, rows, es in zip(made, parts, examples)
     ]
 
@@ -84,8 +89,9 @@ def _with_media(
     rows: list[list[Example]],
     room: dict[str, tuple[int, int]],
     settings: MediaSettings,
+    encoded: bool,
 ) -> Batch:
-    """The batch with inputs of the encoders, and with numbers of its images."""
+    """The batch with inputs of the encoders or places of soft tokens, and numbers of its images."""
     tokens = np.asarray(batch.tokens_BT)
     files = [file for row in rows for example in row for file in example.media]
     origins = {id(file): e.origin for row in rows for e in row for file in e.media}
@@ -94,8 +100,15 @@ def _with_media(
         with located(origins[id(file)]):
             return features(file, settings)
 
-    inputs = encoder_inputs(files, settings, room, read)
-    batch = replace(batch, media=Media.of(**inputs))
+    made: Media | None
+    if encoded:
+        places, own = np.arange(tokens.size), [settings.of(kind).token for kind in room]
+        there = np.flatnonzero(np.isin(tokens, own))
+        places[there] = tokens.size + np.arange(len(there))
+        made = Media(places_BT=mx.array(places.reshape(tokens.shape).astype(np.int32)))
+    else:
+        made = Media.of(**encoder_inputs(files, settings, room, read))
+    batch = replace(batch, media=made)
     counts = [file.num_tokens for file in files if file.kind == "image"]
     if not counts:
         return batch
