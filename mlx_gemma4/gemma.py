@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,24 +10,26 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from .config import LoraConfig
+from .config import GenerateConfig, LoraConfig
 from .errors import AdapterError, CapabilityError, ConfigError, ModelError
 from .lora.attach import adapted_modules, attach_lora
 from .lora.state import load_adapter, unfreeze
 from .lora.targets import resolve_targets
-from .model.conversation import Prompt
+from .media.prompt import expanded_prompt
+from .model.conversation import Prompt, conversation, media_of, with_media
 from .model.download import resolve
-from .model.generation import stream_answer
+from .model.generation import TextOf, stream_tokens
 from .model.loader import LoadedBackbone, load_backbone
 from .model.names import flat, is_frozen_buffer, lm_head, text_model
 from .model.plan import Plan, read_config
 from .model.processor import NO_MEDIA, MediaSettings, read_media_settings
 from .model.quantize import Policy, described
 from .model.targets import chosen_weights
-from .model.tokenizer import end_tokens, load_processor, load_tokenizer
+from .model.tokenizer import end_tokens, load_processor, load_tokenizer, prompt_tokens
 from .nn.batch import Batch
 from .nn.forward import forward
 from .nn.head import logits
+from .nn.prefill import prefill
 from .storage import size
 
 
@@ -192,26 +194,61 @@ class Gemma4:
         """
         return "".join(self.stream(prompt, **options))
 
-    def stream(self, prompt: Prompt, **options: Any) -> Iterator[str]:
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        images: Sequence[Any] = (),
+        audio: Sequence[Any] = (),
+        system: str | None = None,
+        tools: Any = None,
+        thinking: bool = False,
+        **sampling: Any,
+    ) -> Iterator[str]:
         """The answer in pieces.
 
         Args:
             prompt: what the user says, or a list of messages (role, content, tool_calls, ...).
-            options: system, tools, thinking, max_tokens, temperature, top_p and seed, as in
-                `model.generation.stream_answer`.
+            images, audio: files, or PIL images and numpy arrays, that the first user turn shows.
+            system, tools, thinking: as in `model.tokenizer.prompt_tokens`.
+            sampling: max_tokens, temperature, top_p and seed, as in
+                `model.generation.stream_tokens`.
 
         Raises:
-            CapabilityError: the model was loaded with encoders.
-            ConfigError: a prompt that asks nothing.
+            CapabilityError: media, and a model without encoders; or an mlx-vlm that is too old.
+            ConfigError: a prompt that asks nothing, a file that cannot be used, or a number out of
+                bounds.
             ModelError: the tokenizer has no chat template, or it refuses the prompt.
         """
-        if self.processor is not None:
+        GenerateConfig(**{name: sampling[name] for name in sampling if name != "seed"})
+        messages = conversation(with_media(prompt, images, audio), system)
+        tokens = prompt_tokens(self.tokenizer, messages, tools=tools, thinking=thinking)
+        parts, how = media_of(messages), (self.tokenizer, self.end_tokens)
+        if self.processor is None:
+            if parts:
+                raise CapabilityError(
+                    f"a prompt with {parts[0][0]}, and a model without encoders",
+                    wanted="a checkpoint with encoders, loaded with them",
+                    do="load it with g4.load(path, encoders=True)",
+                )
+            return stream_tokens(self.backbone, *how, tokens, **sampling)
+        if not self.loaded.verdict.native and self.plan.num_shared:
             raise CapabilityError(
-                "the model was loaded with encoders, for training",
-                wanted="a text model: answers come from mlx-lm",
-                do="load it without encoders, or use the adapter in mlx-vlm",
+                "the installed mlx-vlm answers wrongly where layers share keys and values",
+                wanted="mlx-vlm 0.5 or later",
+                do="pip install -U mlx-vlm, or load the model without encoders",
             )
-        return stream_answer(self.backbone, self.tokenizer, self.end_tokens, prompt, **options)
+        ids, media = expanded_prompt(tokens, parts, self.tokenizer, self.media)
+
+        def pieces() -> Iterator[str]:
+            model = TextOf(self.backbone)
+            types = media.pop("mm_token_type_ids", None)
+            types = None if types is None else types[:, :-1]
+            batch = Batch.of_prompt(ids[None, :-1], mm_token_type_ids=types, **media)
+            prefill(self, batch, caches := model.make_cache())
+            yield from stream_tokens(model, *how, ids[-1:].tolist(), caches=caches, **sampling)
+
+        return pieces()
 
     def __repr__(self) -> str:
         plan, loaded = self.plan, self.loaded

@@ -2,6 +2,7 @@
 
     python -m mlx_gemma4.generate --adapter runs/1 --prompt "What is a list comprehension?"
     python -m mlx_gemma4.generate --model google/gemma-4-E2B-it --conversation chat.json
+    python -m mlx_gemma4.generate --model google/gemma-4-E2B-it --image a.png --prompt "What is it?"
     python -m mlx_gemma4.generate --adapter runs/1
 
 Without a prompt or conversation it is a chat: a line is a turn, /new begins anew, /quit or the end
@@ -18,7 +19,14 @@ from typing import TYPE_CHECKING, Any
 
 from .config import GenerateConfig, Part, RunConfig, TrainConfig, build, read_arguments
 from .errors import ConfigError, run_command
-from .model.conversation import Prompt, conversation, functions, mark_thoughts
+from .model.conversation import (
+    Prompt,
+    conversation,
+    functions,
+    mark_thoughts,
+    media_of,
+    with_media,
+)
 from .storage import read_json
 
 if TYPE_CHECKING:
@@ -55,15 +63,17 @@ def main(arguments: list[str] | None = None) -> None:
 
     model = run.model or base_model_of(adapter_folder(answer.adapter))
     run = with_quantized_model(replace(run, model=model))
-    gemma = load(str(run.model), answer.adapter, quantize=run.quantize)
+    shown = [with_media(prompt, answer.image or (), answer.audio or ()) for prompt in prompts]
+    encoders = any(media_of(conversation(prompt)) for prompt in shown)
+    gemma = load(str(run.model), answer.adapter, encoders=encoders, quantize=run.quantize)
     same = ("system", "thinking", "max_tokens", "temperature", "top_p")
     options = {name: getattr(answer, name) for name in same} | {"tools": tools, "seed": train.seed}
     if not prompts:
         _chat(gemma, options)
-    for number, prompt in enumerate(prompts):
+    for number, (prompt, whole) in enumerate(zip(prompts, shown)):
         if len(prompts) > 1:
             print(f"{chr(10) * (number > 0)}== {prompt}", flush=True)
-        _show(gemma.stream(prompt, **options))
+        _show(gemma.stream(whole, **options))
 
 
 def _asked(answer: GenerateConfig) -> tuple[Sequence[Prompt], Any]:
@@ -90,6 +100,9 @@ def _asked(answer: GenerateConfig) -> tuple[Sequence[Prompt], Any]:
             found = f"{answer.conversation} holds no list of messages"
             raise ConfigError(found, wanted=wanted, do="change the file")
         prompts = [given]
+    if not prompts and (answer.image or answer.audio):
+        found = "--image or --audio is given, and no --prompt"
+        raise ConfigError(found, wanted="a question about it", do="give --prompt")
     if not prompts and not sys.stdin.isatty():
         wanted = "--prompt, --conversation, or a terminal to chat in"
         raise ConfigError("--prompt is not given", wanted=wanted, do="give --prompt")

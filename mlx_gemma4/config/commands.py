@@ -65,6 +65,8 @@ class GenerateConfig(Settings):
     conversation: str | None = setting(
         None, 'a JSON file: a list of messages, or {"messages": [...], "tools": [...]}'
     )
+    image: Sequence[str] | None = setting(None, "image files that a prompt shows")
+    audio: Sequence[str] | None = setting(None, "audio files that a prompt has")
     tools: str | None = setting(None, "a JSON file: a list of tools, in OpenAI's form")
     system: str | None = setting(None, "what the system turn says")
     thinking: bool = setting(False, "let the model think before it answers")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import row_error
+from ..errors import DataError, row_error
 from ..model.processor import AudioSettings, MediaSettings
-from ..storage import hash_file
+from ..storage import cache_folder, hash_file, new_file
 from . import audio, image
 from .file import MediaFile, is_unchanged, stamp, told
 
@@ -43,12 +44,27 @@ def media_file(
         return MediaFile(kind, path, columns, rows, digest, *stamp(path))
 
 
-def require_readable(kind: str, content: bytes) -> None:
-    """Refuse what is no file of a kind, with a DataError."""
+def kept(kind: str, content: bytes) -> Path:
+    """The file in the cache that has this content; made if it is not there.
+
+    Raises:
+        DataError: it is no file of the kind, or the cache cannot be written.
+    """
     if kind == "image":
         image.seen_size(content)
     else:
         audio.samples(content, AudioSettings(-1), longest=1)
+    path = cache_folder("media") / hashlib.sha256(content).hexdigest()[:32]
+    try:
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with new_file(path) as partial:
+                partial.write_bytes(content)
+    except OSError as error:
+        do = "free some space, or set MLX_GEMMA4_CACHE to another folder"
+        found = f"cannot keep the {kind} of the row in {path.parent}: {error}"
+        raise DataError(found, wanted="room for media that rows hold", do=do) from None
+    return path
 
 
 def content_of(kind: str, value: Any) -> bytes | None:

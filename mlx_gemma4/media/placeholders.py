@@ -56,7 +56,8 @@ class Placeholders:
         Returns:
             (the tokens, and for each given token how many stand for it).
         """
-        places, sizes = np.flatnonzero(self.among(tokens)), [file.num_tokens + 2 for file in files]
+        places = np.flatnonzero(self.among(tokens))
+        sizes = np.array([file.num_tokens + 2 for file in files], int)
         counts = np.ones(len(tokens), int)
         counts[places] = sizes
         expanded, ends = np.repeat(tokens, counts), np.cumsum(counts)[places]

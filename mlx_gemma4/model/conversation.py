@@ -1,7 +1,8 @@
 """What a model may be asked, a text or messages, as a chat template reads it; and its answer.
 
 Messages are OpenAI's: role and content, and where there are any tool_calls, name, tool_call_id and
-reasoning. They come out as training renders them: calls with arguments as objects, content as text.
+reasoning. They come out as training renders them: calls with arguments as objects, content as text,
+or with images or audio as parts: {"type": "image", "image": a path or what `media` reads}.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ Prompt = str | Sequence[Mapping[str, Any]]
 
 _OPEN, _CLOSE = "<|channel>", "<channel|>"
 _CHANNEL = re.compile(r"(<\|channel>|<channel\|>)")
+MEDIA_KINDS = ("image", "audio")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -39,6 +41,28 @@ def conversation(prompt: Prompt, system: str | None = None) -> list[dict[str, An
     if system and messages[0]["role"] in ("system", "developer"):
         raise _refusal("system is given, and the messages begin with a system turn", "one of them")
     return [{"role": "system", "content": system}, *messages] if system else messages
+
+
+def with_media(prompt: Prompt, images: Sequence[Any], audio: Sequence[Any]) -> Prompt:
+    """A prompt that shows media first in its first user turn."""
+    parts = [{"type": "image", "image": value} for value in images]
+    parts += [{"type": "audio", "audio": value} for value in audio]
+    if not parts:
+        return prompt
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [*prompt]
+    for i, turn in enumerate(turns):
+        if isinstance(turn, Mapping) and turn.get("role") == "user":
+            said = turn.get("content")
+            rest = said if isinstance(said, list) else [{"type": "text", "text": said}]
+            return [*turns[:i], {**turn, "content": [*parts, *rest]}, *turns[i + 1 :]]
+    raise _refusal("images or audio, and a prompt without a user turn", "a user turn")
+
+
+def media_of(messages: Iterable[Mapping[str, Any]]) -> list[tuple[str, Any]]:
+    """(kind, what it is) of the parts of a conversation that are media, in order."""
+    lists = (turn["content"] for turn in messages if isinstance(turn["content"], list))
+    parts = (part for parts in lists for part in parts if part["type"] in MEDIA_KINDS)
+    return [(part["type"], part[part["type"]]) for part in parts]
 
 
 def functions(tools: Any) -> list[dict[str, Any]] | None:
@@ -93,8 +117,8 @@ def _message(given: Any, number: int) -> dict[str, Any]:
         found = f"message {number} has {f'the role {role!r}' if role else 'no role'}"
         raise _refusal(found, "a role of " + ", ".join(_ROLES))
     message = {key: value for key, value in given.items() if value is not None}
-    message["content"] = _text(message.get("content", ""), number)
-    if role == "user" and not message["content"].strip():
+    message["content"] = _content(message.get("content", ""), number, role)
+    if role == "user" and isinstance(message["content"], str) and not message["content"].strip():
         raise _refusal(f"message {number} (user) is empty", "a question")
     if "reasoning" in message:
         message.setdefault("reasoning_content", message["reasoning"])
@@ -104,14 +128,23 @@ def _message(given: Any, number: int) -> dict[str, Any]:
     return message
 
 
-def _text(content: Any, number: int) -> str:
-    """Text, or the text of parts of which none is an image or audio."""
-    parts = [{"text": content}] if isinstance(content, str) else content
-    if isinstance(parts, Sequence) and all(isinstance(part, Mapping) for part in parts):
-        texts = [part.get("text") for part in parts if part.get("type", "text") in _TEXT_PARTS]
-        if len(texts) == len(parts) and all(isinstance(text, str) for text in texts):
-            return "".join(map(str, texts))
-    raise _refusal(f"message {number} has content other than text", "text: answers are of text")
+def _content(content: Any, number: int, role: str) -> str | list[dict[str, Any]]:
+    """Text, or in a turn of the user with images or audio parts."""
+    given = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    parts = []
+    for part in given if isinstance(given, Sequence) else [{"type": None}]:
+        part = part if isinstance(part, Mapping) else {"type": None}
+        kind = part.get("type", "text")
+        if kind in _TEXT_PARTS and isinstance(part.get("text"), str):
+            parts.append({"type": "text", "text": part["text"]})
+        elif kind in MEDIA_KINDS and part.get(kind) is not None and role == "user":
+            parts.append({"type": kind, kind: part[kind]})
+        else:
+            wanted = 'text, or in user turns {"type": "image", "image": "a.png"}'
+            raise _refusal(f"message {number} has content other than text and media", wanted)
+    if media_of([{"content": parts}]):
+        return parts
+    return "".join(str(part["text"]) for part in parts)
 
 
 def _call(call: Any, number: int) -> dict[str, Any]:

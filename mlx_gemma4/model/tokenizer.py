@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +56,9 @@ def load_processor(folder: Path) -> Any:
     from mlx_vlm.utils import load_processor as load
 
     try:
-        return load(folder, trust_remote_code=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of mel filters that are all zero
+            return load(folder, trust_remote_code=False)
     except Exception as error:
         found = f"the processor of {folder} cannot be read: {error}"
         raise damaged(found, "processor_config.json beside the tokenizer files") from None

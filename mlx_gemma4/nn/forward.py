@@ -51,7 +51,12 @@ class Model(Protocol):
     def plan(self) -> Plan: ...
 
 
-def forward(gemma: Model, batch: Batch, options: StepOptions = StepOptions()) -> mx.array:
+def forward(
+    gemma: Model,
+    batch: Batch,
+    options: StepOptions = StepOptions(),
+    kept: dict[int, KV] | None = None,
+) -> mx.array:
     """Final hidden states (B, T, D), after the last norm.
 
     Args:
@@ -59,6 +64,7 @@ def forward(gemma: Model, batch: Batch, options: StepOptions = StepOptions()) ->
         batch: with PLE rows for members that have per-layer embeddings.
         options: how the pass is computed: gradient checkpointing of the first layers (Chen et al.
             2016, arXiv:1604.06174), the attention method, dropout's key.
+        kept: takes the keys and values of every layer that has its own, by its index.
     """
     text, plan = text_model(gemma.backbone), gemma.plan
     hidden_BTD = text.embed_tokens(batch.tokens_BT) * plan.hidden_size**0.5
@@ -87,6 +93,8 @@ def forward(gemma: Model, batch: Batch, options: StepOptions = StepOptions()) ->
         )
         if layer_plan.index in plan.kv_sources:
             shared[layer_plan.index] = kv
+        if kept is not None and not layer_plan.shares_kv:
+            kept[layer_plan.index] = kv
     return text.norm(hidden_BTD)
 
 

@@ -77,8 +77,11 @@ def read_prompts(path: str) -> list[Prompt]:
     return prompts
 
 
-def answers(gemma: Gemma4, prompts: Sequence[Prompt]) -> list[dict[str, str]]:
+def answers(
+    gemma: Gemma4, prompts: Sequence[Prompt], max_tokens: int = _SAMPLE_TOKENS
+) -> list[dict[str, str]]:
     """The likeliest answer to each prompt, with the prompt's last words."""
-    last = [p if isinstance(p, str) else str(p[-1]["content"]) for p in prompts]
-    said = [gemma.generate(prompt, max_tokens=_SAMPLE_TOKENS) for prompt in prompts]
+    turns = [conversation(prompt)[-1]["content"] for prompt in prompts]
+    last = [t if isinstance(t, str) else "".join(p.get("text", "") for p in t) for t in turns]
+    said = [gemma.generate(prompt, max_tokens=max_tokens) for prompt in prompts]
     return [{"prompt": asked, "answer": answer} for asked, answer in zip(last, said)]

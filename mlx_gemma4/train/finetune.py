@@ -22,7 +22,6 @@ from ..data.inspect import Shown
 from ..errors import DataError, TrainingError
 from ..gemma import Gemma4
 from ..lora.attach import adapted_modules, router_risk
-from ..model.conversation import Prompt
 from ..model.names import flat
 from ..nn.batch import StepOptions
 from ..objectives import Objective
@@ -118,7 +117,7 @@ def finetune(
         (output.path / SUMMARY).unlink(missing_ok=True)  # of an earlier end
         listeners.append(MetricsFile(output.path / METRICS))
         listeners.append(ReportPage(output.path / REPORT, settings, _some(data)))
-    prompts = _sample_prompts(gemma, config)
+    prompts = read_prompts(config.sample_prompts) if config.sample_prompts else []
     measure = partial(
         evaluate, gemma, data=data.config, config=config, objective=objective, soft=soft
     )
@@ -155,18 +154,6 @@ def finetune(
     if run.interrupted:
         raise KeyboardInterrupt(repr(run))  # which says how to go on
     return run
-
-
-def _sample_prompts(gemma: Gemma4, config: TrainConfig) -> list[Prompt]:
-    if not config.sample_prompts:
-        return []
-    if gemma.processor is not None:
-        raise TrainingError(
-            "sample_prompts, and a model with encoders",
-            wanted="a text model: answers come from mlx-lm",
-            do="leave out sample_prompts",
-        )
-    return read_prompts(config.sample_prompts)
 
 
 def _checkpoints(

@@ -79,14 +79,14 @@ def test_the_template_is_told_of_thinking_either_way(gemma):
 def test_generate_and_stream_take_all_of_it(gemma, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        "mlx_gemma4.model.generation.prompt_tokens",
+        "mlx_gemma4.gemma.prompt_tokens",
         lambda tokenizer, prompt, **options: asked.append((prompt, options)) or [2, 105],
     )
     gemma.generate(ASKED, tools=TOOLS, thinking=True, max_tokens=1)
     list(gemma.stream("Hi", max_tokens=1))
     assert asked == [
-        (ASKED, {"system": None, "tools": TOOLS, "thinking": True}),
-        ("Hi", {"system": None, "tools": None, "thinking": False}),
+        (conversation(ASKED), {"tools": TOOLS, "thinking": True}),
+        (conversation("Hi"), {"tools": None, "thinking": False}),
     ]
 
 
@@ -101,7 +101,7 @@ BAD = {
     "has no role": [{"content": "a"}],
     "message 2 has no role": [{"role": "user", "content": "a"}, "b"],
     "has the role 'robot'": [{"role": "robot", "content": "a"}],
-    "content other than text": [{"role": "user", "content": [{"type": "image", "image": "a"}]}],
+    "content other than text": [{"role": "user", "content": [{"type": "video", "video": "a"}]}],
     "a tool call that is none": [{"role": "assistant", "tool_calls": ["read"]}],
     "message 1 has a tool call": [
         {"role": "assistant", "tool_calls": [{"function": {"name": "a", "arguments": "{"}}]}

@@ -129,13 +129,6 @@ def test_no_chat_template_is_an_error_that_names_the_file(gemma):
     assert "instruction-tuned" in error.value.do
 
 
-def test_a_model_with_encoders_does_not_answer(gemma):
-    with pytest.raises(g4.CapabilityError) as error:
-        dataclasses.replace(gemma, processor=object()).generate("Hi")
-    assert "loaded with encoders" in error.value.found
-    assert error.value.do.startswith("load it without encoders")
-
-
 def test_the_command_answers_with_the_adapter(tiny, knowing, capsys):
     _, adapter = knowing
     main(["--model", str(tiny), "--adapter", adapter, "--prompt", QUESTION, "--max-tokens", "60"])

@@ -14,6 +14,7 @@ from mlx.utils import tree_map
 import mlx_gemma4 as g4
 from mlx_gemma4.data.batch.collate import collate
 from mlx_gemma4.train import __main__ as train
+from mlx_gemma4.train.evaluate import answers
 
 ANSWER = {"role": "assistant", "content": "A list of values."}
 
@@ -65,12 +66,13 @@ def test_packed_is_separate(folder, data):
     assert_same_grads(grads, total)
 
 
-def test_sample_prompts_are_refused_before_a_step(folder, data, tmp_path):
-    (tmp_path / "prompts.txt").write_text("Hello\n")
+def test_sample_prompts_are_answered_with_encoders_loaded(folder, data):
     gemma = g4.load(folder, encoders=True)
-    config = g4.TrainConfig(iters=1, sample_prompts=str(tmp_path / "prompts.txt"))
-    with pytest.raises(g4.TrainingError, match="sample_prompts"):
-        g4.finetune(gemma, g4.read(data, gemma), config, console=False)
+    messages = [{"type": "image", "image": str(data / "0.png")}, {"type": "text", "text": "What?"}]
+    asked = [{"role": "user", "content": messages}]
+    said = answers(gemma, ["Hello", asked], max_tokens=3)
+    assert [answer["prompt"] for answer in said] == ["Hello", "What?"]
+    assert said[0]["answer"] != said[1]["answer"]
 
 
 def test_a_model_without_encoders_says_so(folder, data):

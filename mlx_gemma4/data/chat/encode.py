@@ -21,13 +21,14 @@ from ...errors import DataError
 from ...media.file import MediaFile
 from ...media.kinds import media_file
 from ...media.placeholders import Placeholders
+from ...model.conversation import media_of
 from ...model.processor import NO_MEDIA, MediaSettings
 from ..example import Example, Facts, Store, origin_of
 from ..read.records import Raw, located, row_error
 from . import spans
 from .formats import row_of
 from .prompt import opening, prompt_difference
-from .render import Rendering, media_of, render
+from .render import Rendering, render
 from .spans import MARKERS, TURN, Mark, Span
 
 _CHECKPOINT = "use the tokenizer of the checkpoint"

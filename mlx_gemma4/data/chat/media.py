@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import base64
 import binascii
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ...errors import DataError
-from ...media.kinds import content_of, require_readable
-from ...storage import cache_folder, new_file
+from ...media.kinds import content_of, kept
 from ..read.records import row_error
 
 MEDIA = {
@@ -130,7 +127,7 @@ def media_part(part: dict, folder: Path | None, anywhere: bool) -> dict[str, str
     if content is None and isinstance(value, str):
         content = _decoded(value, kind)
     if content is not None:
-        return {"type": kind, kind: str(_kept(content, kind))}
+        return {"type": kind, kind: str(kept(kind, content))}
     return {"type": kind, kind: str(_within(value, kind, folder, anywhere))}
 
 
@@ -148,22 +145,6 @@ def _decoded(value: str, kind: str) -> bytes | None:
     example = {"image": "image/png", "audio": "audio/wav"}[kind]
     found = f"has the {kind} {value[:40]!r}..., which is not base64"
     raise row_error(found, f"a path, or data:{example};base64,...")
-
-
-def _kept(content: bytes, kind: str) -> Path:
-    """The file in the cache that has this content; made if it is not there."""
-    require_readable(kind, content)
-    path = cache_folder("media") / hashlib.sha256(content).hexdigest()[:32]
-    try:
-        if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with new_file(path) as partial:
-                partial.write_bytes(content)
-    except OSError as error:
-        do = "free some space, or set MLX_GEMMA4_CACHE to another folder"
-        found = f"cannot keep the {kind} of the row in {path.parent}: {error}"
-        raise DataError(found, wanted="room for media that rows hold", do=do) from None
-    return path
 
 
 def _within(name: Any, kind: str, folder: Path | None, anywhere: bool) -> Path:

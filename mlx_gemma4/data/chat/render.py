@@ -121,13 +121,6 @@ def apply_template(tokenizer: Any, messages: Any, options: dict[str, Any]) -> An
         raise row_error(found, "roles and fields as the template allows them", do) from None
 
 
-def media_of(messages: Sequence[Turn]) -> list[tuple[str, str]]:
-    """(kind, path) of the parts of a conversation that are media, in order."""
-    lists = (turn["content"] for turn in messages if isinstance(turn["content"], list))
-    parts = (part for parts in lists for part in parts if part["type"] != "text")
-    return [(part["type"], part[part["type"]]) for part in parts]
-
-
 def _said(turn: Turn) -> list[str]:
     """The texts of a turn."""
     content = turn["content"]
