@@ -163,19 +163,17 @@ class Gemma4:
         """
         text = self.backbone if encoders else text_model(self.backbone)
         _require_gradients(text)
-        for module in text.modules():
-            module.unfreeze(recurse=False)
-            if buffers := [name for name in module if is_frozen_buffer(name)]:
-                module.freeze(recurse=False, keys=buffers)
+        _unfreeze_all(text)
         if not self.plan.tied:
             lm_head(self.backbone).unfreeze()
 
     def train_parts(self, parts: Collection[str]) -> None:
-        """Let some weights of the language model train, beside what trains already.
+        """Let some weights train, beside what trains already.
 
         Args:
             parts: `norms`, `last-N-layers`, or words of LoRA's targets: `ple-projections`, `mlp`,
-                `experts`, `q_proj`, ...
+                `experts`, `q_proj`, ...; and encoders and projectors: `vision_tower`,
+                `embed_vision`, ...
 
         Raises:
             ConfigError: a part that the model does not have.
@@ -184,7 +182,11 @@ class Gemma4:
         text = text_model(self.backbone)
         _require_gradients(text)
         names = [name for name in flat(text.parameters()) if not is_frozen_buffer(name)]
-        unfreeze(text, chosen_weights(parts, names, len(self.plan.layers)))
+        encoders = [part for part in parts if self.backbone.get(part) is not None]
+        others = [part for part in parts if part not in encoders]
+        unfreeze(text, chosen_weights(others, names, len(self.plan.layers)))
+        for part in encoders:
+            _unfreeze_all(self.backbone[part])
 
     def generate(self, prompt: Prompt, **options: Any) -> str:
         """Answer a prompt through the chat template; options as in `stream`.
@@ -269,6 +271,14 @@ class Gemma4:
         if self.lora:
             lines.append(f"  LoRA:    rank {self.lora.rank} on {', '.join(self.lora.targets)}")
         return "\n".join(lines)
+
+
+def _unfreeze_all(module: nn.Module) -> None:
+    """Let all parameters of a module train that are no buffer in transformers."""
+    for part in module.modules():
+        part.unfreeze(recurse=False)
+        if buffers := [name for name in part if is_frozen_buffer(name)]:
+            part.freeze(recurse=False, keys=buffers)
 
 
 def _require_gradients(module: nn.Module) -> None:

@@ -36,6 +36,9 @@ class RunConfig(Settings):
         "a folder with train (valid, test) files, one file, or a Hub dataset; "
         "several are mixed: chat.jsonl=2,code.parquet=0.5",
     )
+    demo: Literal["images", "audio"] | None = setting(
+        None, "instead of model and data: a small model learns digits drawn here, or tones"
+    )
     output: str | None = setting(
         None, "folder for the adapter, checkpoints and metrics; default: runs/1, runs/2, ..."
     )

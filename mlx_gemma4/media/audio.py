@@ -31,6 +31,9 @@ MOST_SECONDS = 3600
 
 WANTED = "a WAV, FLAC, Ogg or MP3 file that is whole"
 _FORMATS = ("WAV", "WAVEX", "FLAC", "OGG", "MP3")
+_HEADS = (b"fLaC", b"OggS", b"ID3", b"\xff\xfb", b"\xff\xfa", b"\xff\xf3", b"\xff\xf2")
+"""How files of these begin, but WAV files."""
+
 _BLOCK = 1 << 18  # frames that are decoded at once
 _HOP, _WINDOW, _FFT, _BINS, _FLOOR = 160, 320, 512, 128, 1e-3
 
@@ -132,6 +135,10 @@ def _opened(source: str | bytes) -> Iterator[Opened]:
         if found := _wav(file):
             yield found
             return
+        file.seek(0)
+        head = file.read(12)
+        if not (head.startswith(_HEADS) or head[8:] == b"WAVE"):
+            raise ValueError("it does not begin as one")
         file.seek(0)
         soundfile = import_extra("soundfile", "audio")
         with soundfile.SoundFile(file) as opened:

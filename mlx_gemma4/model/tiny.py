@@ -75,6 +75,22 @@ TEXT: dict[str, Any] = {
 """The text config: every feature of E2B, in six layers."""
 
 
+_VISION: dict[str, Any] = {
+    "model_type": "gemma4_vision", "hidden_size": 32, "intermediate_size": 64,
+    "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16,
+    "patch_size": 4, "pooling_kernel_size": 3, "position_embedding_size": 256,
+    "use_clipped_linears": False, "standardize": False,
+}  # fmt: skip
+_AUDIO: dict[str, Any] = {
+    "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "output_proj_dims": 32,
+    "subsampling_conv_channels": [128, 8],
+}  # fmt: skip
+_PROCESSOR: dict[str, Any] = {
+    "image_processor": {"patch_size": 4, "pooling_kernel_size": 3, "max_soft_tokens": 70},
+    "feature_extractor": {"sampling_rate": 16_000, "feature_size": 128},
+}
+
+
 def build_tiny(
     folder: Path,
     texts: Iterable[str],
@@ -83,6 +99,7 @@ def build_tiny(
     model_type: str = "gemma4",
     vocab_size: int = 1024,
     seed: int = 0,
+    encoders: bool = False,
 ) -> Path:
     """Write a checkpoint: config.json, model.safetensors, tokenizer files, chat template.
 
@@ -93,6 +110,7 @@ def build_tiny(
         model_type: gemma4 or gemma4_unified.
         vocab_size: tokens, of which 373 are special or bytes.
         seed: for the weights.
+        encoders: with an image and an audio encoder.
 
     Returns:
         The folder.
@@ -100,10 +118,13 @@ def build_tiny(
     folder.mkdir(parents=True, exist_ok=True)
     vocab_size = _save_tokenizer(folder, texts, vocab_size)
     config = _config(text, model_type, vocab_size)
+    if encoders:
+        config |= {"vision_config": _VISION, "audio_config": _AUDIO}
+        write_json(folder / "processor_config.json", _PROCESSOR)
     write_json(folder / "config.json", config)
     write_text(folder / "generation_config.json", json.dumps({"eos_token_id": [1, 106]}) + "\n")
     plan = Plan.from_config(config)
-    backbone = build_backbone(plan)
+    backbone = build_backbone(plan, config if encoders else None)
     randomize(backbone, seed)
     save_weights(backbone, plan, folder)
     return folder
@@ -116,7 +137,12 @@ def save_weights(backbone: nn.Module, plan: Plan, folder: Path) -> None:
     """
     prefix, weights = text_prefix(backbone), flat(backbone.parameters())
     outer = "model.language_model." if plan.is_multimodal else "model."
-    stored = {outer + name.removeprefix(prefix): value for name, value in weights.items()}
+    stored = {
+        outer + name.removeprefix(prefix) if name.startswith(prefix) else "model." + name: (
+            value.moveaxis(-1, 1) if "conv" in name and value.ndim > 2 else value  # as torch has it
+        )
+        for name, value in weights.items()
+    }
     for name in [name for name in stored if name.endswith("switch_glu.gate_proj.weight")]:
         base = name.removesuffix("switch_glu.gate_proj.weight")
         parts = [stored.pop(f"{base}switch_glu.{part}_proj.weight") for part in ("gate", "up")]
@@ -165,6 +191,8 @@ def randomize(backbone: nn.Module, seed: int) -> None:
         noise = mx.random.normal(old.shape, key=next(keys))
         if name.endswith("layer_scalar"):
             return 0.9 + 0.05 * noise
+        if name.endswith(("put_min", "put_max")):  # clip bounds of encoders
+            return mx.array(10.0 if name.endswith("max") else -10.0)
         if name.endswith(("q_norm.weight", "k_norm.weight")):
             # Attention is unscaled: norms near H^-1/4 keep scores in softmax's live range.
             return old.shape[0] ** -0.25 * (1 + 0.1 * noise)

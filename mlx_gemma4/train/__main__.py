@@ -78,7 +78,7 @@ def _train(
     from ..data.dataset import read
     from ..gemma import load
     from ..memory.choose import fit_settings
-    from . import embedded
+    from . import demo, embedded
     from .evaluate import read_prompts
     from .finetune import finetune
     from .loggers import make_loggers
@@ -88,7 +88,10 @@ def _train(
     if config.sample_prompts:
         read_prompts(config.sample_prompts)
     model, data_folder = settings.model, settings.data
-    own = model in (None, str(embedded.model_folder()))
+    own = model in (None, str(embedded.model_folder())) and not settings.demo
+    if settings.demo:
+        base, home = demo.prepare(settings.demo)
+        model, data_folder = str(base), str(home)
     if own and not folder.resumed:
         print(_NO_MODEL, flush=True)
     if own:
@@ -116,14 +119,20 @@ def _train(
         gemma = loaded(encoders=True)
         print("the rows have images or audio: loaded with the encoders, which stay as they are")
     before = gemma.generate(embedded.PROMPT, max_tokens=40) if own else None
+    if settings.demo:
+        print(f"right before: {demo.accuracy(gemma, settings.demo, home):.0%} of the test rows")
     given = lora if config.fine_tune_type == "lora" and settings.init_from is None else None
     run = finetune(gemma, data, config, lora=given, output=folder)
     if own:
         print(f"asked:  {embedded.PROMPT}")
         print(f"before: {before!r}")
         print(f"after:  {gemma.generate(embedded.PROMPT, max_tokens=40)!r}")
-    quantize = ["--quantize", settings.quantize] if settings.quantize else []
-    _tell(run.summary, embedded.PROMPT if own else "...", quantize, config.verbose)
+    more, prompt = [], embedded.PROMPT if own else "..."
+    if settings.demo:
+        print(f"right after: {demo.accuracy(gemma, settings.demo, home):.0%} of the test rows")
+        more, prompt = demo.example(settings.demo, home), demo.QUESTIONS[settings.demo]
+    more += ["--quantize", settings.quantize] if settings.quantize else []
+    _tell(run.summary, prompt, more, config.verbose)
 
 
 def _require_no_other(
@@ -140,8 +149,8 @@ def _require_no_other(
         )
 
 
-def _tell(summary: Mapping[str, Any], prompt: str, quantize: list[str], verbose: bool) -> None:
-    """What came of the run; `quantize` is how generate loads the same model."""
+def _tell(summary: Mapping[str, Any], prompt: str, more: list[str], verbose: bool) -> None:
+    """What came of the run; `more` is what generate is told besides."""
     if summary["val_loss"] is not None:
         print(f"validation loss: {summary['val_loss_before']:.3f} -> {summary['val_loss']:.3f}")
     if summary["best_step"] not in (None, summary["steps"]):
@@ -156,7 +165,7 @@ def _tell(summary: Mapping[str, Any], prompt: str, quantize: list[str], verbose:
             f"{summary['compilations']} times"
         )
     output = Path(summary["adapter"]).parent
-    words = ["--adapter", str(output), *quantize, "--prompt", prompt]
+    words = ["--adapter", str(output), *more, "--prompt", prompt]
     print(f"adapter: {summary['adapter']}")
     print(f"report: {output / 'report.html'}")
     print(f"try it: python -m mlx_gemma4.generate {shlex.join(words)}")
@@ -188,7 +197,14 @@ def _settings(arguments: list[str] | None) -> tuple[Any, ...]:
             wanted="full precision: quantized weights have no gradient",
             do="leave out one of them",
         )
-    if values.get("model") is None:
+    if values.get("demo"):
+        from .demo import defaults
+
+        if given := [name for name in ("model", "data") if values.get(name)]:
+            found = f"--demo is given, and --{given[0]}"
+            raise ConfigError(found, wanted="one of them", do="leave one out")
+        values = _over(defaults(values["demo"]), values)
+    elif values.get("model") is None:
         from .embedded import DEFAULTS
 
         values = _over(DEFAULTS, values)
