@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import base64
 import html
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..config import DataConfig
 from ..errors import DataError
+from ..media.file import MediaFile, is_unchanged
+from ..media.image import thumbnail
 from .batch.order import BatchOrder
 from .example import Example, Examples, Facts
 
+_MEDIA = ("<|image|>", "<|audio|>")
 _BINS = 12
 _BAR = 40
 _GREEN, _DIM, _END = "\x1b[32m", "\x1b[2m", "\x1b[0m"
 _CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
 """Control characters as their pictures: a terminal must not obey what data says."""
+
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+"""What a page lets its browser load: nothing but the pictures that it holds."""
 
 STYLE = """
 .g4 { font: 14px/1.5 ui-monospace, Menlo, Consolas, monospace; white-space: pre-wrap;
@@ -27,6 +36,7 @@ STYLE = """
       margin: 6px 0 18px; }
 .g4 .target { background: #2da44e33; border-bottom: 2px solid #2da44e; }
 .g4 .special { color: #8250df; opacity: .85; }
+.g4 img { display: block; max-width: 192px; border-radius: 4px; }
 .g4 .head { color: #888; margin-bottom: 6px; }
 """
 _PAGE_STYLE = """
@@ -159,11 +169,15 @@ def report(figures: dict[str, Any]) -> str:
 class Shown:
     """An example as pieces: (text, whether it is a target, whether it is a special token).
 
-    The tokens of an image are one piece, "<|image|> x 256".
+    The tokens of an image are one piece, "<|image|> x 256 a.png".
+
+    Attributes:
+        media: by the index of their pieces.
     """
 
     title: str
     pieces: tuple[tuple[str, bool, bool], ...]
+    media: Mapping[int, MediaFile] = field(default_factory=dict)
 
     @classmethod
     def of(cls, example: Example, tokenizer: Any, name: str) -> Shown:
@@ -176,7 +190,7 @@ class Shown:
         differs = example.tokens[1:] != example.tokens[:-1]
         cuts = np.flatnonzero((kinds[1:] != kinds[:-1]).any(1) | special[1:] & differs) + 1
         how = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-        pieces = tuple(
+        pieces = [
             (
                 tokenizer.decode(ids[: 1 if kind[0, 1] else None].tolist(), **how)
                 + f" x {len(ids)}" * bool(kind[0, 1] and len(ids) > 1),
@@ -184,9 +198,13 @@ class Shown:
                 bool(kind[0, 1]),
             )
             for ids, kind in zip(np.split(example.tokens, cuts), np.split(kinds, cuts))
-        )
+        ]
+        places = [i for i, piece in enumerate(pieces) if piece[0].startswith(_MEDIA)]
+        media = dict(zip(places, example.media))
+        for i, file in media.items():
+            pieces[i] = (f"{pieces[i][0]} {Path(file.path).name}", *pieces[i][1:])
         title = f"{name} {example.origin}, {len(example)} tokens, {example.num_targets} targets"
-        return cls(title, pieces)
+        return cls(title, tuple(pieces), media)
 
     def text(self, *, colour: bool = False) -> str:
         """The example; ⟦ and ⟧ stand around targets."""
@@ -203,10 +221,12 @@ class Shown:
     def html(self) -> str:
         """The example as an HTML fragment, all content escaped."""
         spans = []
-        for text, target, special in self.pieces:
+        for i, (text, target, special) in enumerate(self.pieces):
             names = " ".join(filter(None, ["target" * target, "special" * special]))
             safe = safe_html(text)
             spans.append(f'<span class="{names}">{safe}</span>' if names else safe)
+            if i in self.media and self.media[i].kind == "image":
+                spans.append(_picture(self.media[i]))
         head = f'<div class="head">{safe_html(self.title)}</div>'
         return f'<div class="g4">{head}{"".join(spans)}</div>'
 
@@ -215,6 +235,17 @@ class Shown:
 
     def _repr_html_(self) -> str:
         return f"<style>{STYLE}</style>{self.html()}"
+
+
+@lru_cache(maxsize=256)
+def _picture(file: MediaFile) -> str:
+    """An image element that holds the picture; nothing if the file is not as it was."""
+    try:
+        content = thumbnail(file.path) if is_unchanged(file) else b""
+    except DataError:
+        content = b""
+    data = base64.b64encode(content).decode()
+    return f'<img alt="" src="data:image/jpeg;base64,{data}">' if content else ""
 
 
 def safe_html(text: str) -> str:
@@ -230,7 +261,7 @@ def page(figures: dict[str, Any], shown: Iterable[Shown]) -> str:
     told = safe_html(report(figures))
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy" content="{POLICY}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{html.escape(figures["source"])}</title><style>{_PAGE_STYLE}{STYLE}</style></head><body>
 <pre>{told}</pre>

@@ -24,6 +24,7 @@ from .file import MediaFile, name_of, told
 MOST_PIXELS = 64_000_000
 """Decoded, an image of so many pixels takes 0.2 GB; one with transparency a few times that."""
 
+_SMALL = 192  # pixels, the longer side of a thumbnail
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 _ORIENTATION, _ON_THEIR_SIDE = 0x0112, (5, 6, 7, 8)  # of EXIF
 WANTED = "a JPEG, PNG, WebP, GIF, BMP or TIFF image that is whole"
@@ -87,6 +88,20 @@ def as_file(value: Any) -> bytes | None:
     with told("image in the row", WANTED):
         file = io.BytesIO()
         upright_rgb(value).save(file, "PNG", compress_level=1)
+        return file.getvalue()
+
+
+def thumbnail(path: str) -> bytes:
+    """A small JPEG of an image file, as it is seen.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    with _opened(path) as image, told(f"image {path}", WANTED):
+        image.draft(None, (_SMALL, _SMALL))
+        small, file = upright_rgb(image), io.BytesIO()
+        small.thumbnail((_SMALL, _SMALL))
+        small.save(file, "JPEG", quality=80)
         return file.getvalue()
 
 

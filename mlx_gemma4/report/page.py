@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..data.inspect import STYLE, Shown, safe_html
+from ..data.inspect import POLICY, STYLE, Shown, safe_html
 from .chart import Line, chart, number
 
 _SECONDS = 15
@@ -105,10 +105,9 @@ def page(stories: Sequence[Story], examples: Iterable[Shown] = (), *, live: bool
         parts.append(f"<h2>Settings</h2><details><summary>all</summary>{_table(rows)}</details>")
     else:
         parts += [f"<h2>Side by side</h2>{_table(_compared(stories))}", _last_samples(stories)]
-    policy = "default-src 'none'; style-src 'unsafe-inline'"
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}">{refresh}
+<meta http-equiv="Content-Security-Policy" content="{POLICY}">{refresh}
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{safe_html(title)}</title><style>{STYLE}{_STYLE}</style></head><body>
 <h1>{safe_html(title)}</h1>

@@ -171,3 +171,18 @@ def test_other_rates_and_formats(tmp_path):
 def test_a_model_that_does_not_hear(folder, side, tiny):
     with pytest.raises(g4.ConfigError, match="a model that hears"):
         g4.read(write_rows(folder, train=[IN_ROWS["one"]]), text_side(tiny))
+
+
+def test_media_are_shown_where_they_stand(folder, side):
+    """As pictures in a page, by name in a text; a file that is gone by its name only."""
+    row = asks({"type": "image"}, TEXT, {"type": "audio"}, image="a.png", audio="a.wav")
+    data = g4.read(write_rows(folder, train=[row]), side)
+    shown = data.show(0)
+    assert "<|image|> x 64 a.png<image|>What is it?<|audio><|audio|> x 25 a.wav<audio|>" in str(
+        shown
+    )
+    page = shown.html()
+    at = page.index('<img alt="" src="data:image/jpeg;base64,/9j/')
+    assert page.index("x 64 a.png") < at < page.index(ASKED) and page.count("<img") == 1
+    picture(50, 50).save(folder / "a.png")
+    assert "<img" not in data.show(0).html() or "64 a.png" in page
