@@ -28,6 +28,7 @@ from ..config import (
 from ..errors import ConfigError, run_command
 
 if TYPE_CHECKING:
+    from .embedded import Task
     from .folder import RunFolder
 
 _PARTS = [
@@ -78,7 +79,6 @@ def _train(
     from ..data.dataset import read
     from ..gemma import load
     from ..memory.choose import fit_settings
-    from . import demo, embedded
     from .evaluate import read_prompts
     from .finetune import finetune
     from .loggers import make_loggers
@@ -88,15 +88,9 @@ def _train(
     if config.sample_prompts:
         read_prompts(config.sample_prompts)
     model, data_folder = settings.model, settings.data
-    own = model in (None, str(embedded.model_folder())) and not settings.demo
-    if settings.demo:
-        base, home = demo.prepare(settings.demo)
-        model, data_folder = str(base), str(home)
-    if own and not folder.resumed:
-        print(_NO_MODEL, flush=True)
-    if own:
-        base, docstrings = embedded.prepare()
-        model, data_folder = str(base), data_folder or str(docstrings)
+    task = _task(settings, folder.resumed)
+    if task:
+        model, data_folder = task.model, data_folder or task.data
     loaded = partial(load, str(model), settings.init_from, quantize=settings.quantize)
     gemma = loaded()
     print(gemma)
@@ -117,22 +111,30 @@ def _train(
     if data.has_media:
         del gemma
         gemma = loaded(encoders=True)
-        print("the rows have images or audio: loaded with the encoders, which stay as they are")
-    before = gemma.generate(embedded.PROMPT, max_tokens=40) if own else None
-    if settings.demo:
-        print(f"right before: {demo.accuracy(gemma, settings.demo, home):.0%} of the test rows")
+        print("the rows have images or audio: loaded with the encoders")
+    before = task.ask(gemma) if task else None
     given = lora if config.fine_tune_type == "lora" and settings.init_from is None else None
     run = finetune(gemma, data, config, lora=given, output=folder)
-    if own:
-        print(f"asked:  {embedded.PROMPT}")
+    if task:
+        print(f"asked:  {task.prompt}")
         print(f"before: {before!r}")
-        print(f"after:  {gemma.generate(embedded.PROMPT, max_tokens=40)!r}")
-    more, prompt = [], embedded.PROMPT if own else "..."
+        print(f"after:  {task.ask(gemma)!r}")
+    more = ["--quantize", settings.quantize] if settings.quantize else []
+    more += task.flags if task else []
+    _tell(run.summary, task.prompt if task else "...", more, config.verbose)
+
+
+def _task(settings: RunConfig, resumed: bool) -> Task | None:
+    """What is learned where no model is named."""
+    from . import demo, embedded
+
     if settings.demo:
-        print(f"right after: {demo.accuracy(gemma, settings.demo, home):.0%} of the test rows")
-        more, prompt = demo.example(settings.demo, home), demo.QUESTIONS[settings.demo]
-    more += ["--quantize", settings.quantize] if settings.quantize else []
-    _tell(run.summary, prompt, more, config.verbose)
+        return demo.prepare(settings.demo)
+    if settings.model not in (None, str(embedded.model_folder())):
+        return None
+    if not resumed:
+        print(_NO_MODEL, flush=True)
+    return embedded.task()
 
 
 def _require_no_other(

@@ -1,7 +1,7 @@
 """`--demo images` and `--demo audio`: a task that is made on this machine, and a model to learn it.
 
-Digits are drawn at a random place, size and brightness, with noise; tones begin at a random time,
-at a random loudness. The model and its encoders begin with random weights.
+Digits are drawn near the middle, tones begin at a random time, both of random strength and with
+noise. The model begins with random weights; those of its encoders stay, and all others train.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from ..gemma import Gemma4
 from ..media import audio, image
 from ..model import tiny
 from ..storage import cache_folder, damaged_files, new_folder, parse_json, write_hashes
+from .embedded import Task
 
 QUESTIONS = {"images": "Which digit is it?", "audio": "Which tone is it?"}
 _DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -30,30 +32,28 @@ _FONT = (
 )  # fmt: skip
 """Digits of 5 x 7 dots: a byte each row."""
 
-_ROWS = {"train": 400, "valid": 40, "test": 60}
+_ROWS = {"train": 600, "valid": 40, "test": 60}
 
 _DEFAULTS: dict[str, Any] = {
     "fine_tune_type": "full",
-    "iters": 120,
     "batch_size": 8,
     "packing": False,
-    "learning_rate": 3e-3,
+    "learning_rate": 2e-3,
     "bias_correction": True,
     "lr_schedule": "linear",
-    "warmup_steps": 10,
-    "eval_every": 60,
-    "save_every": 60,
+    "warmup_steps": 20,
+    "report_every": 20,
 }
 
 
 def defaults(kind: str) -> dict[str, Any]:
     """Settings of a demo that differ from the defaults for a real model."""
-    parts = {"images": ["vision_tower", "embed_vision"], "audio": ["audio_tower", "embed_audio"]}
-    return {**_DEFAULTS, "train_parts": ["last-6-layers", *parts[kind]]}
+    iters = {"images": 400, "audio": 200}[kind]
+    return {**_DEFAULTS, "iters": iters, "eval_every": iters // 4, "save_every": iters // 2}
 
 
-def prepare(kind: str) -> tuple[Path, Path]:
-    """(model folder, data folder) in the cache, made if they are not there whole.
+def prepare(kind: str) -> Task:
+    """The demo's model and data in the cache, made if they are not there whole.
 
     Raises:
         ConfigError: the cache cannot be written.
@@ -63,30 +63,28 @@ def prepare(kind: str) -> tuple[Path, Path]:
     folder = cache_folder(name)
     try:
         if damaged_files(folder):
-            with new_folder(folder) as partial:
-                _build(kind, partial)
-                write_hashes(partial)
+            with new_folder(folder) as new:
+                _build(kind, new)
+                write_hashes(new)
     except OSError as error:
         found, do = f"cannot write {folder}: {error}", "set MLX_GEMMA4_CACHE to another folder"
         raise ConfigError(found, wanted="a folder to write to", do=do) from None
-    return folder / "model", folder / "data"
+    data = folder / "data"
+    first = parse_json((data / "test.jsonl").read_bytes().splitlines()[0])
+    flags = ["--image" if kind == "images" else "--audio", str(data / first[kind][0])]
+    ask = partial(accuracy, kind=kind, data=data)
+    return Task(str(folder / "model"), str(data), ask, QUESTIONS[kind], flags)
 
 
-def accuracy(gemma: Gemma4, kind: str, data: Path) -> float:
-    """The share of test rows that are answered rightly."""
+def accuracy(gemma: Gemma4, kind: str, data: Path) -> str:
+    """The share of test rows that are answered rightly, for people."""
     rows = [parse_json(line) for line in (data / "test.jsonl").read_bytes().splitlines()]
     right = 0
     for row in rows:
         media: dict[str, Any] = {kind: [data / row[kind][0]]}
         answer = gemma.generate(row["messages"][0]["content"], **media, max_tokens=5)
         right += answer.strip() == row["messages"][1]["content"]
-    return right / len(rows)
-
-
-def example(kind: str, data: Path) -> list[str]:
-    """The flag of generate that shows a file of the test rows."""
-    first = parse_json((data / "test.jsonl").read_bytes().splitlines()[0])
-    return ["--image" if kind == "images" else "--audio", str(data / first[kind][0])]
+    return f"{right / len(rows):.0%} of {len(rows)} test rows are answered rightly"
 
 
 def _build(kind: str, folder: Path) -> None:
@@ -115,7 +113,7 @@ def _digits(random: np.random.Generator) -> Iterator[tuple[str, str, bytes]]:
         dots = np.frombuffer(bytes.fromhex(_FONT[digit]), np.uint8)[:, None] >> np.arange(5)[::-1]
         drawn = np.kron(dots & 1, np.ones((5, 5)))
         paper = np.zeros((48, 48))
-        y, x = random.integers(0, np.array(paper.shape) - drawn.shape)
+        y, x = (np.array(paper.shape) - drawn.shape) // 2 + random.integers(-4, 5, 2)
         paper[y : y + drawn.shape[0], x : x + drawn.shape[1]] = drawn * random.uniform(150, 255)
         paper = (paper + random.normal(0, 12, paper.shape)).clip(0, 255)
         page = Image.fromarray(paper.astype(np.uint8))

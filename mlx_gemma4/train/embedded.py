@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import inspect
 import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,30 @@ from ..config import DataConfig, TrainConfig
 from ..data import stdlib
 from ..data.dataset import read
 from ..errors import ConfigError
-from ..gemma import load
+from ..gemma import Gemma4, load
 from ..model import tiny
 from ..storage import cache_folder, damaged_files, new_folder, write_hashes
 from .finetune import finetune
 
 PROMPT = "What does get_name(self) do?"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a run without a model of the user's learns.
+
+    Attributes:
+        model, data: folders.
+        ask: what is asked of the model before and after the run.
+        prompt, flags: how `generate` is asked the same.
+    """
+
+    model: str
+    data: str
+    ask: Callable[[Gemma4], str]
+    prompt: str
+    flags: Sequence[str] = ()
+
 
 DEFAULTS: dict[str, Any] = {
     "iters": 150,
@@ -55,6 +75,12 @@ def model_folder(cache: Path | None = None) -> Path:
     made_of = [repr(_BASE), sys.version, inspect.getsource(tiny), inspect.getsource(stdlib)]
     fingerprint = hashlib.sha256("".join(made_of).encode()).hexdigest()[:12]
     return (cache or cache_folder()) / f"tiny-{fingerprint}" / "model"
+
+
+def task() -> Task:
+    """The embedded default, built if it is not there."""
+    model, data = prepare()
+    return Task(str(model), str(data), lambda g: g.generate(PROMPT, max_tokens=40), PROMPT)
 
 
 def prepare(cache: Path | None = None) -> tuple[Path, Path]:
