@@ -25,7 +25,7 @@ from ..lora.state import read_updates
 from ..model.checkpoint import read_index, read_metadata, rows_at_once
 from ..model.download import SIDE_FILES, resolve
 from ..model.loader import build_backbone
-from ..model.names import inner_name, path_of, split_experts, text_prefix
+from ..model.names import encoder_of, inner_name, path_of, split_experts, text_prefix
 from ..model.plan import Plan, read_config
 from ..model.quantize import (
     Packing,
@@ -254,7 +254,7 @@ class _Fusion:
             AdapterError: updates that no weight takes, or of another shape.
         """
         stored = read_index(self._base)
-        inner = {key: inner_name(key, self._plan) or key for key in stored}
+        inner = {key: self._name_of(key) for key in stored}
         columns = {k: self._columns[name] for k, name in inner.items() if name in self._columns}
         jobs: list[Job] = []
         shapes: dict[str, tuple[int, ...]] = {}
@@ -279,6 +279,11 @@ class _Fusion:
                 do="name the model that the adapter was trained on",
             )
         return jobs
+
+    def _name_of(self, key: str) -> str:
+        """What updates call a stored tensor."""
+        whole = key.removeprefix("model.") if encoder_of(key, self._plan) else key
+        return inner_name(key, self._plan) or whole
 
     def _new_packing(self, weight: StoredWeight, parts: Sequence[str]) -> Packing | None:
         if self._policy is None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from adapters import EXPERTS, KINDS, trained
 from helpers import make_lora_nonzero
+from media import ROWS, rows_with
 from peft import LoraConfig as PeftConfig
 from peft import PeftModel, get_peft_model
 from reference import UNIFIED, VOCAB, Reference, add_tokenizer, build_reference, note
@@ -163,6 +164,60 @@ def test_what_is_left_of_pefts_adapter_is_named(bases, tmp_path):
         modules_to_save=["per_layer_model_projection"],
     )
     with pytest.raises(g4.AdapterError, match=r"unexpected .*per_layer_model_projection"):
+        g4.load(bases["e2b"], adapter=tmp_path / "theirs")
+
+
+# ---------------------------------------------------------------- encoders
+
+ENCODERS = ("q_proj", "vision_tower", "embed_vision")
+IN_ENCODERS = r".*vision_tower.*\.(q_proj|down_proj)\.linear|.*language_model.*v_proj|.*embed_vision.*_projection"
+
+
+def shown(unified: bool = False) -> dict:
+    """A row with an image, as both models take it."""
+    return rows_with(ROWS["images"], VOCAB, unified)
+
+
+def media_gap(ours: g4.Gemma4, model) -> float:
+    """The largest difference of logits on a row with images."""
+    inputs = shown()
+    names = [name for name in inputs if name not in ("tokens", "weights")]
+    mine = ours.logits(mx.array(inputs["tokens"]), **{name: inputs[name] for name in names})
+    with torch.no_grad():
+        told = {name: torch.tensor(inputs[name]) for name in names}
+        ids = torch.tensor(inputs["tokens"])
+        logits = model(input_ids=ids, use_cache=False, **told).logits.float().numpy()
+    return float(np.abs(np.array(mine) - logits).max())
+
+
+@pytest.mark.skipif(not UNIFIED, reason="this transformers has other image masks")
+@pytest.mark.parametrize("shape", ["e2b", "moe"])
+def test_adapters_of_encoders(bases, tmp_path, shape):
+    """There and back, loaded by PEFT, merged there and fused here; names are those of PEFT."""
+    base = bases[shape]
+    gemma = g4.load(base, encoders=True)
+    gemma.add_lora(g4.LoraConfig(rank=2, targets=ENCODERS))
+    make_lora_nonzero(gemma, size=0.2)
+    export(gemma, tmp_path / "out", "peft", verify=False)
+    names = dict(mx.load(str(tmp_path / "out" / "adapter_model.safetensors")))
+    first = "base_model.model.model.vision_tower.encoder.layers.0.self_attn.q_proj"
+    assert f"{first}.linear.lora_A.weight" in names
+    model = theirs(base, tmp_path / "out")
+    assert media_gap(gemma, model) < LOGITS
+    assert media_gap(g4.load(base, encoders=True), model) > 100 * LOGITS
+    again = g4.load(base, adapter=tmp_path / "out", encoders=True)
+    assert media_gap(again, model) < LOGITS
+    export(gemma, tmp_path / "fused", "fused", verify=False)
+    assert media_gap(gemma, TransformersLibrary().load(tmp_path / "fused")) < LOGITS
+    assert media_gap(g4.load(tmp_path / "fused", encoders=True), model) < LOGITS
+
+
+@pytest.mark.skipif(not UNIFIED, reason="this transformers has other image masks")
+def test_an_adapter_of_pefts_on_encoders_loads_here(bases, tmp_path):
+    model = their_adapter(bases["e2b"], tmp_path / "theirs", target_modules=IN_ENCODERS)
+    gemma = g4.load(bases["e2b"], adapter=tmp_path / "theirs", encoders=True)
+    assert media_gap(gemma, model) < LOGITS
+    with pytest.raises(g4.AdapterError, match="do not fit"):
         g4.load(bases["e2b"], adapter=tmp_path / "theirs")
 
 

@@ -4,7 +4,8 @@
     base_model.model.<class>layers.N.<path>.lora_B.weight            (out, R)
     base_model.model.<class>layers.N.<path>.lora_magnitude_vector    (out,), DoRA's
 
-<class> is `model.language_model.` for ForConditionalGeneration and `model.` for ForCausalLM. The
+<class> is `model.language_model.` for ForConditionalGeneration and `model.` for ForCausalLM; of
+encoders, which the first has, names are whole: `base_model.model.model.vision_tower...linear`. The
 experts of a layer are two stacked parameters (stacked.py), which PEFT adapts through
 `target_parameters`: A is (E R, in), expert by expert; B is (out, R E), the expert counting fastest.
 
@@ -26,7 +27,7 @@ import mlx.nn as nn
 from ...config import LoraConfig
 from ...errors import AdapterError, listing
 from ...model.checkpoint import mismatches, shapes_of
-from ...model.names import Module, is_dead, text_model, text_prefix
+from ...model.names import ENCODERS, Module, is_dead, text_model, text_prefix
 from ..attach import LowRank, low_rank_updates, require_text
 from ..targets import adaptable_modules, module_name
 from .format import PROMPT, Adapter, Files, Read, Stored, alpha_of
@@ -138,7 +139,8 @@ tokenizer = AutoTokenizer.from_pretrained("{{base}}")
         assert adapter.lora is not None
         outer = self._outer(adapter.backbone)
         updates = stack(low_rank_updates(adapter.backbone))
-        require_text(updates, "PEFT")
+        if outer != _CLASSES[0]:
+            require_text(updates, "transformers' ForCausalLM class")
         tensors: dict[str, mx.array] = {}
         for module, name in _names(outer, updates).items():
             a, b, magnitude = updates[module].a, updates[module].b, updates[module].magnitude
@@ -164,8 +166,14 @@ def _names(outer: str, modules: Collection[Module]) -> dict[Module, str]:
         if path in (GATE_UP, DOWN):
             is_inner = path == GATE_UP and (index, DOWN) in modules
             inner = "experts.base_layer" if is_inner else "experts"
-        names[index, path] = f"{_BASE}{outer}layers.{index}.{inner}"
+        names[index, path] = _BASE + _inner_name(outer, (index, inner))
     return names
+
+
+def _inner_name(outer: str, module: Module) -> str:
+    """What transformers calls a module."""
+    index, path = module
+    return f"model.{path}" if index == ENCODERS else f"{outer}layers.{index}.{path}"
 
 
 def _patterns(
@@ -234,14 +242,16 @@ def _config(
 def _regex(modules: Collection[Module], outer: str) -> str:
     """What fullmatches the names of exactly these modules: encoders have the same short names."""
     paths: dict[int, list[str]] = {}
-    for index, path in modules:
+    inside = [re.escape(_inner_name(outer, module)) for module in modules if module[0] == ENCODERS]
+    for index, path in (module for module in modules if module[0] != ENCODERS):
         paths.setdefault(index, []).append(re.escape(path))
     layers: dict[str, list[str]] = {}
     for index, names in paths.items():
         layers.setdefault("|".join(names), []).append(str(index))
     groups = [f"({'|'.join(indices)})\\.({names})" for names, indices in layers.items()]
     group = groups[0] if len(groups) == 1 else f"({'|'.join(groups)})"
-    return re.escape(f"{outer}layers.") + group
+    text = [re.escape(f"{outer}layers.") + group] * bool(groups)
+    return f"({'|'.join([*text, *inside])})" if inside else text[0]
 
 
 # ---------------------------------------------------------------- reading
@@ -266,7 +276,9 @@ def _require_plain_lora(config: Mapping[str, Any], folder: Path) -> None:
 def _is_target(config: Mapping[str, Any], outer: str, module: Module) -> bool:
     """Whether PEFT adapts a module of the layers under this config."""
     index, path = module
-    name = f"{outer}layers.{index}.{path}"
+    name = _inner_name(outer, module)
+    if found := re.search(r"layers\.(\d+)\.", path) if index == ENCODERS else None:
+        index = int(found[1])
     if path in (GATE_UP, DOWN):
         return _is_named(config.get("target_parameters") or [], name)
     layers = config.get("layers_to_transform")
@@ -288,7 +300,7 @@ def _rank_of(
     config: Mapping[str, Any], lora: LoraConfig, outer: str, module: Module
 ) -> tuple[int, float]:
     """Rank and scale by PEFT's rule: the first pattern that matches the end of the name."""
-    name = f"{outer}layers.{module[0]}.{module[1]}"
+    name = _inner_name(outer, module)
 
     def own(pattern: str, default: float) -> float:
         values = (config.get(pattern) or {}).items()
