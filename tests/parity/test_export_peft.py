@@ -170,7 +170,10 @@ def test_what_is_left_of_pefts_adapter_is_named(bases, tmp_path):
 # ---------------------------------------------------------------- encoders
 
 ENCODERS = ("q_proj", "vision_tower", "embed_vision")
-IN_ENCODERS = r".*vision_tower.*\.(q_proj|down_proj)\.linear|.*language_model.*v_proj|.*embed_vision.*_projection"
+IN_ENCODERS = (
+    r".*vision_tower.*\.(q_proj|down_proj)\.linear|.*language_model.*v_proj"
+    r"|.*embed_vision.*_projection"
+)
 
 
 def shown(unified: bool = False) -> dict:
