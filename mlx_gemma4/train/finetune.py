@@ -110,6 +110,8 @@ def finetune(
     settings |= {"quantize": gemma.quantize} if gemma.quantize else {}
     settings |= {"init_from": gemma.adapter} if gemma.adapter else {}
     checkpoints, progress = _checkpoints(run, data, config, settings, optimizer, output)
+    if progress.step >= total:
+        run.notes.append(f"all {total} steps are done: more iters or epochs go on")
     listeners = [Console()] * console + [*callbacks, *make_loggers(config.report_to, settings)]
     if output:
         (output.path / SUMMARY).unlink(missing_ok=True)  # of an earlier end

@@ -282,6 +282,8 @@ def test_ctrl_c_while_evaluating_does_not_wait_for_its_end(tiny, rows, tmp_path,
 
 def test_resume_and_output_are_enough(tiny, rows, finished, tmp_path, capsys):
     out = Path(shutil.copytree(finished, tmp_path / "out"))
+    command.main(["--resume", "--output", str(out)])
+    assert "all 4 steps are done: more iters or epochs go on" in capsys.readouterr().out
     command.main(["--resume", "--output", str(out), "--iters", "6"])
     run = g4.Run.open(out)
     assert (run.step, run.summary["model"]) == (6, str(tiny))
