@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import io
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -144,15 +144,14 @@ def _opened(source: str | bytes) -> Iterator[Opened]:
         with soundfile.SoundFile(file) as opened:
             if opened.format not in _FORMATS:
                 raise ValueError(f"it is of the format {opened.format}")
-            read = {"dtype": "float32", "always_2d": True}
-            blocks = iter(lambda: opened.read(_BLOCK, **read), None)
-            yield opened.samplerate, opened.channels, _whole(blocks, opened.frames)
+            read = partial(opened.read, _BLOCK, dtype="float32", always_2d=True)
+            yield opened.samplerate, opened.channels, _whole(read, opened.frames)
 
 
-def _whole(blocks: Iterator[np.ndarray], count: int) -> Iterator[np.ndarray]:
-    """The blocks, of `count` frames in all; fewer are an error."""
+def _whole(read: Callable[[], np.ndarray], count: int) -> Iterator[np.ndarray]:
+    """Blocks until they have `count` frames in all; fewer are an error."""
     while count > 0:
-        block = next(blocks)
+        block = read()
         if not len(block):
             raise ValueError("it ends too early")
         count -= len(block)

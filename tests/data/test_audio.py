@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import struct
 from importlib.util import find_spec
 
@@ -163,6 +164,12 @@ def test_other_rates_and_formats(tmp_path):
     if find_spec("soundfile"):
         with pytest.raises(g4.DataError, match="cannot be read"):
             audio.samples(flac, MEL)
+        import soundfile
+
+        soundfile.write(file := io.BytesIO(), np.stack([SOUND] * 2, 1), 16000, format="FLAC")
+        assert np.abs(audio.samples(file.getvalue(), MEL) - SOUND).max() < 1e-4
+        with pytest.raises(g4.DataError, match="cannot be read"):
+            audio.samples(file.getvalue()[:20_000], MEL)
     else:
         with pytest.raises(g4.ConfigError, match=r'pip install "mlx-gemma4\[audio\]"'):
             audio.samples(flac, MEL)
