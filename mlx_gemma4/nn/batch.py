@@ -5,13 +5,14 @@ Shapes: B rows, T tokens, L layers, P width of per-layer embeddings, R targets.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
 
 from ..errors import DataError
+from .budgets import Budgets
 from .media import Media
 
 if TYPE_CHECKING:
@@ -218,9 +219,11 @@ class StepOptions:
         remat_layers: layers, from the first, of which only the input is kept and which run again
             in the backward pass (gradient checkpointing).
         attention: "auto", "plain" or "blockwise".
+        budgets: how much is formed at a time; by default as suits this device.
         key: where dropout draws from; None is the global random state.
     """
 
     remat_layers: int = 0
     attention: str = "auto"
+    budgets: Budgets = field(default_factory=Budgets.here)
     key: mx.array | None = None

@@ -23,6 +23,7 @@ from ..model.plan import LayerPlan, Plan
 from .activation import gelu_times
 from .attention import attention
 from .batch import Batch, StepOptions
+from .budgets import Budgets
 from .dropout import draw_keys, set_keys
 from .linear import linear
 from .mask import AttentionMask
@@ -30,12 +31,6 @@ from .media import with_media
 from .remat import in_pieces, rematerialized, with_parameters
 
 KV = tuple[mx.array, mx.array]
-
-_PIECE_BYTES = 2 * 2**20
-"""What one activation of the MLP may have where its positions are taken a piece at a time; 256
-positions and up, so that its products still fill a GPU."""
-
-_LEAST_POSITIONS = 256
 
 _MOST_ROWS = 32_768
 """Tokens, once for each of their experts, that go through the experts together: of more, MLX up to
@@ -63,7 +58,8 @@ def forward(gemma: Model, batch: Batch, options: StepOptions = StepOptions()) ->
     text, plan = text_model(gemma.backbone), gemma.plan
     hidden_BTD = text.embed_tokens(batch.tokens_BT) * plan.hidden_size**0.5
     if batch.media is not None:
-        how = {"remat": options.remat_layers > 0, "method": options.attention, "key": options.key}
+        attend = partial(attention, method=options.attention, budgets=options.budgets)
+        how = {"remat": options.remat_layers > 0, "attend": attend, "key": options.key}
         hidden_BTD = with_media(gemma.backbone, batch.media, hidden_BTD, **how)
     inputs = _per_layer_inputs(text, plan, hidden_BTD, batch.ple_BTLP)
     masks = _masks(plan, batch)
@@ -83,7 +79,7 @@ def forward(gemma: Model, batch: Batch, options: StepOptions = StepOptions()) ->
             layer_plan=layer_plan,
             mask=masks[layer_plan.kind],
             positions_BT=positions_BT,
-            method=options.attention,
+            options=options,
         )
         if layer_plan.index in plan.kv_sources:
             shared[layer_plan.index] = kv
@@ -100,7 +96,7 @@ def decoder_layer(
     layer_plan: LayerPlan,
     mask: AttentionMask,
     positions_BT: mx.array | None,
-    method: str,
+    options: StepOptions,
     piece: int | None = None,
 ) -> tuple[mx.array, KV]:
     """One decoder layer.
@@ -110,7 +106,7 @@ def decoder_layer(
         shared_kv: keys and values of the layer's source; None if the layer has its own.
         mask: which positions attend to which.
         positions_BT: position of every token in its sequence; None is one sequence a row.
-        method: how attention is computed.
+        options: how attention and GELU are computed.
         piece: positions that go through the MLP together; None is all. Only for layers that are
             rematerialised: it costs nothing there.
 
@@ -119,26 +115,31 @@ def decoder_layer(
     """
     normed_BTD = layer.input_layernorm(hidden_BTD)
     mixed, kv = _attend(
-        layer.self_attn, layer_plan, normed_BTD, shared_kv, mask, positions_BT, method
+        layer.self_attn, layer_plan, normed_BTD, shared_kv, mask, positions_BT, options
     )
     hidden_BTD = hidden_BTD + layer.post_attention_layernorm(mixed)
     inputs = [hidden_BTD] if input_BTP is None else [hidden_BTD, input_BTP]
-    after = partial(_after_attention, layer, plan)
+    after = partial(_after_attention, layer, plan, options.budgets)
     return (_piecewise(layer, after, piece, inputs) if piece else after(*inputs)), kv
 
 
 def _after_attention(
-    layer: Any, plan: Plan, hidden_BTD: mx.array, input_BTP: mx.array | None = None
+    layer: Any,
+    plan: Plan,
+    budgets: Budgets,
+    hidden_BTD: mx.array,
+    input_BTP: mx.array | None = None,
 ) -> mx.array:
     """The rest of a layer, in which no position looks at another: MLP, experts, per-layer input."""
-    update = _mlp(layer.mlp, layer.pre_feedforward_layernorm(hidden_BTD))
+    gated = partial(gelu_times, keep_derivatives=budgets.keeps_derivatives)
+    update = _mlp(layer.mlp, layer.pre_feedforward_layernorm(hidden_BTD), gated)
     if plan.moe is not None:
         update = layer.post_feedforward_layernorm_1(update) + _experts(layer, plan, hidden_BTD)
     hidden_BTD = hidden_BTD + layer.post_feedforward_layernorm(update)
 
     if input_BTP is not None:
         gate = linear(layer.per_layer_input_gate, hidden_BTD)
-        update = linear(layer.per_layer_projection, gelu_times(gate, input_BTP))
+        update = linear(layer.per_layer_projection, gated(gate, input_BTP))
         hidden_BTD = hidden_BTD + layer.post_per_layer_input_norm(update)
     return hidden_BTD * layer.layer_scalar
 
@@ -190,7 +191,7 @@ def _attend(
     shared_kv: KV | None,
     mask: AttentionMask,
     positions_BT: mx.array | None,
-    method: str,
+    options: StepOptions,
 ) -> tuple[mx.array, KV]:
     def heads(projected: mx.array, norm: Callable[[mx.array], mx.array]) -> mx.array:
         return norm(mx.unflatten(projected, -1, (-1, layer_plan.head_dim)))
@@ -203,7 +204,7 @@ def _attend(
         kv = rotated(heads(keys, attn.k_norm)), _by_head(heads(values, attn.v_norm))
     else:
         kv = shared_kv
-    mixed_BNTH = attention(queries_BNTH, *kv, mask, method)
+    mixed_BNTH = attention(queries_BNTH, *kv, mask, options.attention, options.budgets)
     return linear(attn.o_proj, mixed_BNTH.transpose(0, 2, 1, 3).flatten(-2)), kv
 
 
@@ -235,9 +236,9 @@ def _positions(segments_BT: mx.array) -> mx.array:
     return here - mx.cummax(mx.where(starts, here, 0), axis=1)
 
 
-def _mlp(mlp: Any, x_BTD: mx.array) -> mx.array:
+def _mlp(mlp: Any, x_BTD: mx.array, gated: Callable[..., mx.array]) -> mx.array:
     gate, up = linear(mlp.gate_proj, x_BTD), linear(mlp.up_proj, x_BTD)
-    return linear(mlp.down_proj, gelu_times(gate, up))
+    return linear(mlp.down_proj, gated(gate, up))
 
 
 def _experts(layer: Any, plan: Plan, hidden_BTD: mx.array) -> mx.array:
@@ -273,9 +274,12 @@ def _rematerialized(
     Parameters, K/V and dropout keys are explicit inputs of the function that runs again, because
     what it closes over gets no gradient. `facts` (plans and masks) need none.
     """
-    hidden_BTD = values[0]
+    hidden_BTD, budgets = values[0], facts["options"].budgets
+    B, T, _ = hidden_BTD.shape
+    width = facts["layer_plan"].mlp_width
+    piece = budgets.mlp_positions(B, width, hidden_BTD.dtype.size)
     # Dropout draws one mask for all positions.
-    piece = _positions_of_a_piece(hidden_BTD, facts["layer_plan"]) if keys is None else None
+    piece = piece if piece < T and keys is None else None
 
     def run(keys: mx.array | None, *values: Any) -> tuple[mx.array, KV]:
         return _plain(layer, keys, *values, piece=piece, **facts)
@@ -289,11 +293,3 @@ def _piecewise(
 ) -> mx.array:
     parameters = {k: v for k, v in layer.trainable_parameters().items() if k != "self_attn"}
     return in_pieces(with_parameters(layer, parameters, after), piece, axis=1)(parameters, *inputs)
-
-
-def _positions_of_a_piece(hidden_BTD: mx.array, layer_plan: LayerPlan) -> int | None:
-    """A multiple of 64 positions whose MLP activations stay within the budget; None if all do."""
-    B, T, _ = hidden_BTD.shape
-    bytes_of_one = B * layer_plan.mlp_width * hidden_BTD.dtype.size
-    piece = max(_LEAST_POSITIONS, _PIECE_BYTES // bytes_of_one // 64 * 64)
-    return piece if piece < T else None

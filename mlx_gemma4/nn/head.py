@@ -22,16 +22,9 @@ import mlx.nn as nn
 from ..model.names import flat, lm_head, text_model
 from ..model.plan import Plan
 from .batch import Batch, StepOptions
+from .budgets import Budgets
 from .forward import Model, forward
 from .remat import in_pieces, with_parameters
-
-_CHUNK_BYTES = 8 * 2**20
-"""Logits that a chunk may have; 64 targets and up, so that its products still fill a GPU."""
-
-_LEAST_TARGETS = 64
-
-_SLAB_TARGETS, _LEAST_SLAB = 16, 256
-"""A slab has as many logits as so many targets with all of the vocabulary; so many rows and up."""
 
 _SAFE_EXPONENT = 30.0
 """exp of it and of its negative, times a hidden state and summed over any vocabulary, are far from
@@ -51,11 +44,16 @@ def batch_log_probs(
     hidden_RD = forward(gemma, batch, options).flatten(0, 1)
     if batch.positions_R is not None:
         hidden_RD = hidden_RD[batch.positions_R]
-    return token_log_probs(gemma, hidden_RD, batch.targets_R, gradient=gradient)
+    return token_log_probs(gemma, hidden_RD, batch.targets_R, options.budgets, gradient=gradient)
 
 
 def token_log_probs(
-    gemma: Model, hidden_RD: mx.array, targets_R: mx.array, *, gradient: bool = True
+    gemma: Model,
+    hidden_RD: mx.array,
+    targets_R: mx.array,
+    budgets: Budgets | None = None,
+    *,
+    gradient: bool = True,
 ) -> mx.array:
     """log p(target) of each hidden state, (R,) in float32.
 
@@ -63,11 +61,13 @@ def token_log_probs(
         gemma: a `Gemma4`, whose head may be tied or not, quantized, adapted or trained.
         hidden_RD: final hidden states, after the last norm.
         targets_R: the token to predict from each.
+        budgets: say how much of the head is read at a time; default: those of this device.
         gradient: as in `batch_log_probs`.
     """
-    module = _head_module(gemma)
+    module, budgets = _head_module(gemma), budgets or Budgets.here()
     if _has_slabs(module, gemma.plan, hidden_RD.dtype):
-        return _by_slabs(module, gemma.plan, hidden_RD, targets_R, gradient)
+        size = budgets.slab(gemma.plan.vocab_size, targets_R.size)
+        return _by_slabs(module, gemma.plan, hidden_RD, targets_R, size, gradient)
 
     def log_probs(hidden_CD: mx.array, targets_C: mx.array) -> mx.array:
         logits_CV = logits(gemma, hidden_CD)
@@ -77,7 +77,8 @@ def token_log_probs(
     # A chunk's logits are made again in the backward pass, where its share of the head's own
     # gradient is added up.
     parameters = module.trainable_parameters()
-    run = in_pieces(with_parameters(module, parameters, log_probs), _chunk_size(gemma.plan), axis=0)
+    size = budgets.chunk(gemma.plan.vocab_size)
+    run = in_pieces(with_parameters(module, parameters, log_probs), size, axis=0)
     return run(parameters, hidden_RD, targets_R)
 
 
@@ -92,16 +93,6 @@ def _head_module(gemma: Model) -> Any:
     return lm_head(gemma.backbone)
 
 
-def _chunk_size(plan: Plan) -> int:
-    """Targets of a chunk: a multiple of 64 whose logits stay within the budget."""
-    return max(_LEAST_TARGETS, _CHUNK_BYTES // (4 * plan.vocab_size) // 64 * 64)
-
-
-def _slab_size(plan: Plan, targets: int) -> int:
-    """Rows of the head in a slab, for so many targets: a multiple of 64."""
-    return max(_LEAST_SLAB, _SLAB_TARGETS * plan.vocab_size // targets // 64 * 64)
-
-
 def _has_slabs(module: nn.Module, plan: Plan, dtype: mx.Dtype) -> bool:
     """Whether the head is frozen and plain, and exponentials of its logits fit in `dtype`."""
     kinds = (nn.Embedding, nn.Linear, nn.QuantizedEmbedding, nn.QuantizedLinear)
@@ -111,12 +102,20 @@ def _has_slabs(module: nn.Module, plan: Plan, dtype: mx.Dtype) -> bool:
 
 
 def _by_slabs(
-    module: nn.Module, plan: Plan, hidden_RD: mx.array, targets_R: mx.array, gradient: bool
+    module: nn.Module,
+    plan: Plan,
+    hidden_RD: mx.array,
+    targets_R: mx.array,
+    size: int,
+    gradient: bool,
 ) -> mx.array:
-    """Log-probabilities, and their gradient if it is asked for, in one pass over a frozen head."""
+    """Log-probabilities, and their gradient if it is asked for, in one pass over a frozen head.
+
+    Args:
+        size: rows of the head in a slab.
+    """
     assert plan.softcap is not None
     softcap, inverse_cap = mx.array(plan.softcap), mx.array(1 / plan.softcap)
-    size = _slab_size(plan, targets_R.size)
     targets_R1 = targets_R[:, None]
 
     @mx.custom_function

@@ -17,11 +17,12 @@ from ..data.batch.order import BatchOrder
 from ..data.example import Example
 from ..errors import TrainingError
 from ..gemma import Gemma4
-from ..memory.choose import machine_memory, parse_memory, step_settings
+from ..memory.choose import parse_memory, step_settings
 from ..memory.estimate import Estimate, StepSettings
 from ..memory.measure import MARGIN, RunStep, plan_memory
 from ..model.names import text_model
 from ..nn.batch import Batch, StepOptions
+from ..nn.budgets import machine_memory
 from ..objectives import Objective
 from ..storage import size
 from .step import CompiledStep

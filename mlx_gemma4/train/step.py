@@ -50,7 +50,7 @@ def loss_and_grads(
         TrainingError: nothing is trainable.
     """
     layers = len(gemma.plan.layers) if rematerialize is True else int(rematerialize)
-    sums, grads = gradients(gemma, batch, objective, StepOptions(layers, attention, key))
+    sums, grads = gradients(gemma, batch, objective, StepOptions(layers, attention, key=key))
     return sums.loss, sums.count, grads
 
 
@@ -149,7 +149,7 @@ class CompiledStep:
         self._plain = partial(
             train_step, gemma, optimizer, objective=objective, max_grad_norm=max_grad_norm
         )
-        self._compiled = mx.compile(self._pure) if COMPILES else self._pure
+        self._compiled = mx.compile(self.pure) if COMPILES else self.pure
         self.compilations = 0
 
     def __call__(
@@ -168,7 +168,8 @@ class CompiledStep:
             optimizer.state = state
         return Sums(*sums), norm
 
-    def _pure(self, parameters: Any, state: Any, batches: Any, key: mx.array | None) -> Any:
+    def pure(self, parameters: Any, state: Any, batches: Any, key: mx.array | None) -> Any:
+        """The step as a function: (sums, norm, parameters, optimizer state)."""
         self.compilations += COMPILES
         backbone, optimizer = self._gemma.backbone, self._optimizer
         before = flat(parameters), flat(state)  # an optimizer writes into the state it is given
