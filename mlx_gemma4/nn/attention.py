@@ -12,6 +12,8 @@ H head dim, g blocks that go together, C queries of a block, S keys of a block.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import mlx.core as mx
 
 from .budgets import Budgets
@@ -28,6 +30,7 @@ def attention(
     mask: AttentionMask,
     method: str = "auto",
     budgets: Budgets | None = None,
+    fused: Collection[int] = (),
 ) -> mx.array:
     """softmax(Q K^T) V, unscaled: Gemma 4 normalises queries and keys instead.
 
@@ -37,13 +40,15 @@ def attention(
         mask: which keys each query attends to.
         method: "auto", "plain" or "blockwise"; auto is blockwise where the scores would be large.
         budgets: say how large a block is; default: those of this device.
+        fused: head dims at which "auto" leaves causal attention to the library (fused.py).
 
     Returns:
         (B, N, T, H).
     """
-    B, N, T, _ = queries_BNTH.shape
+    B, N, T, H = queries_BNTH.shape
     if method == "auto":
-        method = "blockwise" if goes_blockwise(B, N, T) else "plain"
+        is_fused = H in fused and mask.is_causal
+        method = "blockwise" if goes_blockwise(B, N, T) and not is_fused else "plain"
     if method == "blockwise":
         queries, together = (budgets or Budgets.here()).block(B, N, mask)
         return _blockwise(mask, queries, together)(queries_BNTH, keys_BKTH, values_BKTH)

@@ -220,10 +220,12 @@ class StepOptions:
             in the backward pass (gradient checkpointing).
         attention: "auto", "plain" or "blockwise".
         budgets: how much is formed at a time; by default as suits this device.
+        fused: head dims at which "auto" leaves causal attention to the library.
         key: where dropout draws from; None is the global random state.
     """
 
     remat_layers: int = 0
     attention: str = "auto"
     budgets: Budgets = field(default_factory=Budgets.here)
+    fused: frozenset[int] = frozenset()
     key: mx.array | None = None

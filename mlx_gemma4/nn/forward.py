@@ -204,7 +204,9 @@ def _attend(
         kv = rotated(heads(keys, attn.k_norm)), _by_head(heads(values, attn.v_norm))
     else:
         kv = shared_kv
-    mixed_BNTH = attention(queries_BNTH, *kv, mask, options.attention, options.budgets)
+    mixed_BNTH = attention(
+        queries_BNTH, *kv, mask, options.attention, options.budgets, options.fused
+    )
     return linear(attn.o_proj, mixed_BNTH.transpose(0, 2, 1, 3).flatten(-2)), kv
 
 

@@ -38,8 +38,13 @@ def run_memory(
     order: BatchOrder,
     optimizer: optim.Optimizer,
     objective: Objective,
+    options: StepOptions = StepOptions(),
 ) -> tuple[int, Estimate, str]:
-    """Rematerialised layers, what the run's largest step takes with them, and a note on it."""
+    """Rematerialised layers, what the run's largest step takes with them, and a note on it.
+
+    Args:
+        options: of the run's steps, but for rematerialised layers.
+    """
     rows, length, longest = order.largest_batch()
     # Of the first examples, where all would have to be made to know.
     some = [examples[i] for i in range(min(1000, len(examples)))]
@@ -58,7 +63,7 @@ def run_memory(
         rematerialize=str(config.rematerialize),
         memory=parse_memory(config.memory) if config.memory else machine_memory(),
         resident=mx.get_active_memory(),
-        run_step=trial_step(gemma, optimizer, objective, settings, config.max_grad_norm),
+        run_step=trial_step(gemma, optimizer, objective, settings, options, config.max_grad_norm),
     )
 
 
@@ -115,6 +120,7 @@ def trial_step(
     optimizer: optim.Optimizer,
     objective: Objective,
     settings: StepSettings,
+    options: StepOptions = StepOptions(),
     max_grad_norm: float | None = None,
 ) -> RunStep:
     """A function of (positions of a row, rematerialised layers): bytes that such a step takes.
@@ -124,12 +130,13 @@ def trial_step(
 
     Args:
         settings: of the run's largest step, but for those two.
+        options: of the run's steps, but for rematerialised layers.
     """
 
     def run(length: int, remat_layers: int) -> int:
         batch = _random_batch(gemma, replace(settings, length=length))
-        options = StepOptions(remat_layers, settings.attention)
-        step = CompiledStep(gemma, optimizer, objective, options, max_grad_norm)
+        own = replace(options, remat_layers=remat_layers)
+        step = CompiledStep(gemma, optimizer, objective, own, max_grad_norm)
         backbone = gemma.backbone
         parameters, state = backbone.trainable_parameters(), optimizer.state
         training = backbone.training

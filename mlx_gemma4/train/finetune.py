@@ -6,6 +6,7 @@ import hashlib
 import math
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,9 @@ from ..errors import DataError, TrainingError
 from ..gemma import Gemma4
 from ..lora.attach import adapted_modules, router_risk
 from ..model.conversation import Prompt
-from ..model.names import flat
+from ..model.names import flat, text_model
 from ..nn.batch import StepOptions
+from ..nn.fused import fused_head_dims
 from ..objectives import Objective
 from ..objectives.sft import sft
 from ..storage import write_json
@@ -101,9 +103,13 @@ def finetune(
     )
     total = _total_steps(order, config)
     optimizer = make_optimizer(config, total, gemma.backbone.trainable_parameters())
-    layers, memory, note = run_memory(gemma, data.train, config, order, optimizer, objective)
+    options, how = _options(gemma, config)
+    layers, memory, note = run_memory(
+        gemma, data.train, config, order, optimizer, objective, options
+    )
     parts = f"only these parts train: {', '.join(config.train_parts)}" if config.train_parts else ""
-    notes = [note, *filter(None, [parts, router_risk(gemma.backbone), *data.facts.prompts])]
+    told = [how * config.verbose, parts, router_risk(gemma.backbone), *data.facts.prompts]
+    notes = [note, *filter(None, told)]
     run = Run(gemma, notes, output=output.path if output else None)
     settings = flatten(config, data.config, *([gemma.lora] if gemma.lora else []))
     settings |= {"model": gemma.name, "data": data.source}
@@ -128,7 +134,7 @@ def finetune(
         validate=validate if data.valid else None,
         sample=partial(answers, gemma, prompts) if prompts else None,
         checkpoints=checkpoints,
-        options=StepOptions(layers, config.attention),
+        options=replace(options, remat_layers=layers),
         config=config,
         run=run,
     )
@@ -149,6 +155,14 @@ def finetune(
     if run.interrupted:
         raise KeyboardInterrupt(repr(run))  # which says how to go on
     return run
+
+
+def _options(gemma: Gemma4, config: TrainConfig) -> tuple[StepOptions, str]:
+    """How the steps of a run are computed here, and what to say of it."""
+    dtype = text_model(gemma.backbone).norm.weight.dtype
+    head_dims = {layer.head_dim for layer in gemma.plan.layers}
+    fused, how = fused_head_dims(head_dims, dtype, config.attention)
+    return StepOptions(attention=config.attention, fused=fused), how
 
 
 def _sample_prompts(gemma: Gemma4, config: TrainConfig) -> list[Prompt]:
