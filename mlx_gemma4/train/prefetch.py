@@ -12,6 +12,7 @@ import numpy as np
 
 from ..data.batch.collate import collate_alike
 from ..data.batch.order import BatchOrder, Rows
+from ..data.batch.shapes import NO_SHAPES, Shapes
 from ..data.example import Example, Examples
 from ..gemma import Gemma4
 from ..model.ple import GatheredRows
@@ -55,6 +56,7 @@ def training_steps(
 ) -> Iterator[Step]:
     """The steps of a run after `start`, up to step `total`, with `accumulation` batches each."""
     every = Examples.of(examples)
+    shapes = Shapes.of_run(order, every.targets)
 
     def rows_of_steps() -> Iterator[tuple[tuple[np.ndarray, Progress], list[Rows]]]:
         stream = order.batches(start.next_batch)
@@ -64,19 +66,23 @@ def training_steps(
             chosen = np.array([i for rows in batches for row in rows for i in row])
             yield (chosen, Progress(number, numbered[-1][0] + 1)), batches
 
-    for (chosen, progress), batches in prepared(gemma, examples, rows_of_steps()):
+    for (chosen, progress), batches in prepared(gemma, examples, rows_of_steps(), shapes):
         tokens = int(every.lengths[chosen].sum())
         yield Step(batches, tokens, progress, Examples(every.stores, every.order[chosen]))
 
 
 def prepared(
-    gemma: Gemma4, examples: Sequence[Example], steps: Iterable[tuple[Tag, Sequence[Rows]]]
+    gemma: Gemma4,
+    examples: Sequence[Example],
+    steps: Iterable[tuple[Tag, Sequence[Rows]]],
+    shapes: Shapes = NO_SHAPES,
 ) -> Iterator[tuple[Tag, list[Batch]]]:
     """The batches of each step, ready for the model; the next step's are built meanwhile.
 
     Args:
         examples: what the rows are indices of.
         steps: for each step anything, which is handed on, and the rows of its batches.
+        shapes: those that the batches of a run have.
     """
 
     source = gemma.loaded.ple_rows
@@ -84,7 +90,7 @@ def prepared(
     def build(batches: Sequence[Rows]) -> list[tuple[Batch, GatheredRows | None]]:
         """On the other thread: reads examples, images and PLE rows, and leaves the device alone."""
         chosen = [[[examples[i] for i in row] for row in rows] for rows in batches]
-        built = collate_alike(chosen, images=gemma.images)
+        built = collate_alike(chosen, images=gemma.images, shapes=shapes)
         return [
             (b, source.gather(np.asarray(b.table_tokens(gemma.plan))) if source else None)
             for b in built
