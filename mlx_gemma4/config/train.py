@@ -51,6 +51,14 @@ class TrainConfig(Settings):
     )
     min_learning_rate: float = setting(0.0, "where a linear or cosine schedule ends", at_least=0.0)
     warmup_steps: int = setting(0, "steps over which the learning rate rises first", at_least=0)
+    router_metrics: bool = setting(
+        False,
+        "experts: each expert's share of its layer's tokens, the routers' entropy and "
+        "load-balancing loss, in metrics.jsonl",
+    )
+    router_aux_loss_coef: float = setting(
+        0.0, "experts: the load-balancing loss, times this, is trained too", at_least=0.0
+    )
     weight_decay: float = setting(0.0, "of matrices; norms and biases do not decay", at_least=0.0)
     max_grad_norm: float | None = setting(None, "clip gradients to this global norm", at_least=0.0)
     rematerialize: str | int = setting(
@@ -91,6 +99,12 @@ class TrainConfig(Settings):
     patience: int | None = setting(
         None, "save and stop after so many evaluations without a lower validation loss", at_least=1
     )
+
+    @property
+    def balance(self) -> float | None:
+        """As in StepOptions."""
+        asked = self.router_metrics or self.router_aux_loss_coef
+        return self.router_aux_loss_coef if asked else None
 
     def __post_init__(self) -> None:
         super().__post_init__()

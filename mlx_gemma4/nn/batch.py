@@ -212,15 +212,18 @@ def _images(mm_token_type_ids: Any, tokens: mx.array, T: int) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class StepOptions:
-    """How a step is computed; the values that come out are the same.
+    """How a step is computed; the values that come out are the same but for `balance`.
 
     Attributes:
         remat_layers: layers, from the first, of which only the input is kept and which run again
             in the backward pass (gradient checkpointing).
         attention: "auto", "plain" or "blockwise".
         key: where dropout draws from; None is the global random state.
+        balance: the coefficient of the routers' load-balancing loss in the step; with a number, 0
+            too, its metrics tell what they did.
     """
 
     remat_layers: int = 0
     attention: str = "auto"
     key: mx.array | None = None
+    balance: float | None = None

@@ -46,6 +46,7 @@ _EXAMPLES, _LONG_EXAMPLE = 3, 4000
 _FREE_ON_RESUME = {
     *("learning_rate", "rematerialize", "memory", "attention"),
     *("report_every", "eval_every", "val_batches", "save_every", "keep_checkpoints", "verbose"),
+    "router_metrics",
     *("max_minutes", "patience", "on_nonfinite", "sample_prompts", "report_to"),
     *("model", "data"),  # by content: `weights` and `rows`
     "init_from",
@@ -86,6 +87,9 @@ def finetune(
     if config.patience and not data.valid:
         do = "give a valid file, or valid_fraction"
         raise TrainingError("patience without validation data", wanted="some", do=do)
+    if config.balance is not None and gemma.plan.moe is None:
+        found = f"router_metrics or router_aux_loss_coef, and {gemma.name} has no routed experts"
+        raise TrainingError(found, wanted="a mixture of experts", do="leave them out")
     if wrong := [callback for callback in callbacks if not isinstance(callback, Callback)]:
         kind = "a subclass of mlx_gemma4.Callback"
         raise TrainingError(f"{wrong[0]!r} is no Callback", wanted=kind, do=f"make it {kind}")
@@ -128,7 +132,7 @@ def finetune(
         validate=validate if data.valid else None,
         sample=partial(answers, gemma, prompts) if prompts else None,
         checkpoints=checkpoints,
-        options=StepOptions(layers, config.attention),
+        options=StepOptions(layers, config.attention, balance=config.balance),
         config=config,
         run=run,
     )
