@@ -20,8 +20,8 @@ class TrainConfig(Settings):
     )
     train_parts: tuple[str, ...] | None = setting(
         None,
-        "full fine-tuning of these parts only: norms, last-N-layers, and words of lora_targets "
-        "such as ple-projections; default: all",
+        "full fine-tuning of these parts only: norms, embeddings, last-N-layers, and words of "
+        "lora_targets such as ple-projections; default: all",
     )
     iters: int | None = setting(None, "optimizer steps; default: one epoch", at_least=1)
     epochs: float | None = setting(None, "passes over the data, instead of iters", above=0.0)
@@ -45,6 +45,11 @@ class TrainConfig(Settings):
     learning_rate: float = setting(1e-4, "the optimizer's learning rate", at_least=0.0)
     lora_plus_ratio: float | None = setting(
         None, "LoRA+: the learning rate of B over that of A; default: both are one", at_least=1.0
+    )
+    embedding_learning_rate: float | None = setting(
+        None,
+        "full fine-tuning: the rate of the token embeddings, lower for continued pretraining",
+        at_least=0.0,
     )
     lr_schedule: Literal["constant", "linear", "cosine"] = setting(
         "constant", "how the learning rate falls over the run"
@@ -129,6 +134,15 @@ class TrainConfig(Settings):
                 f"fine_tune_type is full and lora_plus_ratio is {self.lora_plus_ratio}",
                 wanted="LoRA or full fine-tuning",
                 do="leave out lora_plus_ratio, or set fine_tune_type lora",
+            )
+        if self.embedding_learning_rate is not None and (
+            self.fine_tune_type == "lora" or not self.learning_rate
+        ):
+            raise ConfigError(
+                f"embedding_learning_rate is {self.embedding_learning_rate}, fine_tune_type is "
+                f"{self.fine_tune_type} and learning_rate is {self.learning_rate}",
+                wanted="embeddings that train, beside weights that train",
+                do="set fine_tune_type full, or leave out embedding_learning_rate",
             )
         if unknown := sorted({*self.report_to} - {*_SERVICES}):
             raise wrong("report_to", ", ".join(unknown), "some of " + ", ".join(_SERVICES))
