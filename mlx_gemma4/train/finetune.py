@@ -17,7 +17,7 @@ import numpy as np
 from ..config import LoraConfig, TrainConfig, flatten
 from ..data.batch.order import BatchOrder
 from ..data.dataset import Dataset
-from ..data.example import Examples
+from ..data.example import Example, Examples
 from ..data.inspect import Shown
 from ..errors import DataError, TrainingError
 from ..gemma import Gemma4
@@ -114,6 +114,8 @@ def finetune(
     settings |= {"quantize": gemma.quantize} if gemma.quantize else {}
     settings |= {"init_from": gemma.adapter} if gemma.adapter else {}
     checkpoints, progress = _checkpoints(run, data, config, settings, optimizer, output)
+    if progress.step >= total:
+        run.notes.append(f"all {total} steps are done: more iters or epochs go on")
     listeners = [Console()] * console + [*callbacks, *make_loggers(config.report_to, settings)]
     if output:
         (output.path / SUMMARY).unlink(missing_ok=True)  # of an earlier end
@@ -180,8 +182,7 @@ def _checkpoints(
         return None, Progress()
     free = may_change(config)
     fixed = {key: value for key, value in settings.items() if key not in free}
-    digests = Examples.of(data.train).digests
-    fixed["rows"] = hashlib.sha256(np.ascontiguousarray(digests).tobytes()).hexdigest()[:16]
+    fixed |= {"rows": _digest(data.train), "valid": _digest(data.valid)}
     fixed["weights"] = fingerprint(run.gemma)
     checkpoints = Checkpoints(folder.path, config.keep_checkpoints, fixed)
     progress, damage = checkpoints.restore(run.gemma, optimizer)
@@ -195,6 +196,11 @@ def _checkpoints(
         run.notes.append("no checkpoint was saved yet: beginning at the first step")
     folder.note(settings)
     return checkpoints, progress
+
+
+def _digest(examples: Sequence[Example]) -> str:
+    digests = Examples.of(examples).digests
+    return hashlib.sha256(np.ascontiguousarray(digests).tobytes()).hexdigest()[:16]
 
 
 def _some(data: Dataset) -> list[Shown]:
