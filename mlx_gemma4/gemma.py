@@ -14,12 +14,12 @@ from .config import LoraConfig
 from .errors import AdapterError, CapabilityError, ConfigError, ModelError
 from .lora.attach import adapted_modules, attach_lora
 from .lora.state import load_adapter, unfreeze
-from .lora.targets import resolve_targets
+from .lora.targets import parts, resolve_targets
 from .model.conversation import Prompt
 from .model.download import resolve
 from .model.generation import stream_answer
 from .model.loader import LoadedBackbone, load_backbone
-from .model.names import flat, is_frozen_buffer, lm_head, text_model
+from .model.names import Module, flat, is_frozen_buffer, lm_head, text_model
 from .model.plan import Plan, read_config
 from .model.processor import ImageSettings, read_image_settings
 from .model.quantize import Policy, described
@@ -140,15 +140,34 @@ class Gemma4:
 
         Raises:
             AdapterError: a target matches nothing, or the model carries LoRA already.
+            ConfigError: qat, and no stored grid to train on.
         """
         if self.lora is not None:
             raise AdapterError(
                 "the model carries LoRA layers already", wanted="one without", do="load it again"
             )
         self.backbone.freeze()
-        attach_lora(self.backbone, resolve_targets(self.backbone, lora), lora)
+        modules = resolve_targets(self.backbone, lora)
+        if lora.qat:
+            self._require_stored_grid(modules)
+        attach_lora(self.backbone, modules, lora)
         self.lora = lora
         return adapted_modules(self.backbone)
+
+    def _require_stored_grid(self, modules: Collection[Module]) -> None:
+        if self.quantize is not None:
+            raise ConfigError(
+                f"qat, and {self.name} is quantized only in memory",
+                wanted="a quantized model in a folder, whose grid a fused export keeps",
+                do="give --save-quantized DIR beside --quantize",
+            )
+        found = ((i, path, m) for i, _, named in parts(self.backbone) for path, m in named.items())
+        if not any("scales" in module for i, path, module in found if (i, path) in modules):
+            raise ConfigError(
+                f"qat, and no weight of {self.name} that LoRA adapts is quantized",
+                wanted="a quantized model, to whose grid a fused export rounds",
+                do="leave out qat, or quantize the model with --quantize 4 --save-quantized DIR",
+            )
 
     def train_all(self, *, encoders: bool = False) -> None:
         """Let every weight of the language model train, but no buffer or PLE table.

@@ -213,7 +213,7 @@ def _images(mm_token_type_ids: Any, tokens: mx.array, T: int) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class StepOptions:
-    """How a step is computed; the values that come out are the same.
+    """How a step is computed; the values that come out are the same but for `balance`.
 
     Attributes:
         remat_layers: layers, from the first, of which only the input is kept and which run again
@@ -222,6 +222,8 @@ class StepOptions:
         budgets: how much is formed at a time; by default as suits this device.
         fused: head dims at which "auto" leaves causal attention to the library.
         key: where dropout draws from; None is the global random state.
+        balance: the coefficient of the routers' load-balancing loss in the step; with a number, 0
+            too, its metrics tell what they did.
     """
 
     remat_layers: int = 0
@@ -229,3 +231,4 @@ class StepOptions:
     budgets: Budgets = field(default_factory=Budgets.here)
     fused: frozenset[int] = frozenset()
     key: mx.array | None = None
+    balance: float | None = None

@@ -29,6 +29,7 @@ from .linear import linear
 from .mask import AttentionMask
 from .media import with_media
 from .remat import in_pieces, rematerialized, with_parameters
+from .routing import chosen_experts, router_sums
 
 KV = tuple[mx.array, mx.array]
 
@@ -47,13 +48,23 @@ class Model(Protocol):
 
 
 def forward(gemma: Model, batch: Batch, options: StepOptions = StepOptions()) -> mx.array:
-    """Final hidden states (B, T, D), after the last norm.
+    """Final hidden states (B, T, D), after the last norm; arguments as in `forward_routed`."""
+    return forward_routed(gemma, batch, options)[0]
+
+
+def forward_routed(
+    gemma: Model, batch: Batch, options: StepOptions = StepOptions()
+) -> tuple[mx.array, mx.array | None]:
+    """Final hidden states (B, T, D), and what each layer's router did.
 
     Args:
         gemma: a `Gemma4`.
         batch: with PLE rows for members that have per-layer embeddings.
         options: how the pass is computed: gradient checkpointing of the first layers (Chen et al.
             2016, arXiv:1604.06174), the attention method, dropout's key.
+
+    Returns:
+        The second is (L, 3, E), `router_sums` of each layer; None if the options do not ask.
     """
     text, plan = text_model(gemma.backbone), gemma.plan
     hidden_BTD = text.embed_tokens(batch.tokens_BT) * plan.hidden_size**0.5
@@ -67,9 +78,11 @@ def forward(gemma: Model, batch: Batch, options: StepOptions = StepOptions()) ->
     count = len(plan.layers)
     keys = [None] * count if options.key is None else mx.random.split(options.key, count)
     shared: dict[int, KV] = {}
+    real_BT = None if options.balance is None else batch.tokens_BT != plan.pad_token
+    routed: list[mx.array] = []
     for layer_plan, layer, own_key, input_BTP in zip(plan.layers, text.layers, keys, inputs):
         run = _rematerialized if layer_plan.index < options.remat_layers else _plain
-        hidden_BTD, kv = run(
+        hidden_BTD, kv, sums = run(
             layer,
             draw_keys(layer, own_key),
             hidden_BTD,
@@ -80,10 +93,12 @@ def forward(gemma: Model, batch: Batch, options: StepOptions = StepOptions()) ->
             mask=masks[layer_plan.kind],
             positions_BT=positions_BT,
             options=options,
+            real_BT=real_BT,
         )
         if layer_plan.index in plan.kv_sources:
             shared[layer_plan.index] = kv
-    return text.norm(hidden_BTD)
+        routed += sums
+    return text.norm(hidden_BTD), mx.stack(routed) if routed else None
 
 
 def decoder_layer(
@@ -97,8 +112,9 @@ def decoder_layer(
     mask: AttentionMask,
     positions_BT: mx.array | None,
     options: StepOptions,
+    real_BT: mx.array | None = None,
     piece: int | None = None,
-) -> tuple[mx.array, KV]:
+) -> tuple[mx.array, KV, list[mx.array]]:
     """One decoder layer.
 
     Args:
@@ -107,20 +123,34 @@ def decoder_layer(
         mask: which positions attend to which.
         positions_BT: position of every token in its sequence; None is one sequence a row.
         options: how attention and GELU are computed.
+        real_BT: which tokens are no padding, where what the router does is asked for.
         piece: positions that go through the MLP together; None is all. Only for layers that are
             rematerialised: it costs nothing there.
 
     Returns:
-        The layer's output (B, T, D), and the keys and values that it attended to.
+        The layer's output (B, T, D), the keys and values that it attended to, and a list of its
+        `router_sums`, empty if none are asked for.
     """
     normed_BTD = layer.input_layernorm(hidden_BTD)
     mixed, kv = _attend(
         layer.self_attn, layer_plan, normed_BTD, shared_kv, mask, positions_BT, options
     )
     hidden_BTD = hidden_BTD + layer.post_attention_layernorm(mixed)
-    inputs = [hidden_BTD] if input_BTP is None else [hidden_BTD, input_BTP]
-    after = partial(_after_attention, layer, plan, options.budgets)
-    return (_piecewise(layer, after, piece, inputs) if piece else after(*inputs)), kv
+    inputs = {"hidden_BTD": hidden_BTD}
+    if input_BTP is not None:
+        inputs["input_BTP"] = input_BTP
+    sums = []
+    if plan.moe is not None:
+        inputs["scores_BTE"] = _router_scores(layer.router, plan, hidden_BTD)
+        if real_BT is not None:
+            sums.append(router_sums(inputs["scores_BTE"], plan.moe.top_k, real_BT))
+
+    def after(*arrays: mx.array) -> mx.array:
+        return _after_attention(layer, plan, options.budgets, **dict(zip(inputs, arrays)))
+
+    values = list(inputs.values())
+    out_BTD = _piecewise(layer, after, piece, values) if piece else after(*values)
+    return out_BTD, kv, sums
 
 
 def _after_attention(
@@ -129,12 +159,14 @@ def _after_attention(
     budgets: Budgets,
     hidden_BTD: mx.array,
     input_BTP: mx.array | None = None,
+    scores_BTE: mx.array | None = None,
 ) -> mx.array:
     """The rest of a layer, in which no position looks at another: MLP, experts, per-layer input."""
     gated = partial(gelu_times, keep_derivatives=budgets.keeps_derivatives)
     update = _mlp(layer.mlp, layer.pre_feedforward_layernorm(hidden_BTD), gated)
     if plan.moe is not None:
-        update = layer.post_feedforward_layernorm_1(update) + _experts(layer, plan, hidden_BTD)
+        experts = _experts(layer, plan, hidden_BTD, scores_BTE)
+        update = layer.post_feedforward_layernorm_1(update) + experts
     hidden_BTD = hidden_BTD + layer.post_feedforward_layernorm(update)
 
     if input_BTP is not None:
@@ -243,14 +275,16 @@ def _mlp(mlp: Any, x_BTD: mx.array, gated: Callable[..., mx.array]) -> mx.array:
     return linear(mlp.down_proj, gated(gate, up))
 
 
-def _experts(layer: Any, plan: Plan, hidden_BTD: mx.array) -> mx.array:
+def _router_scores(router: Any, plan: Plan, hidden_BTD: mx.array) -> mx.array:
+    scale = router.scale * plan.hidden_size**-0.5
+    return linear(router.proj, mx.fast.rms_norm(hidden_BTD, scale, plan.rms_norm_eps))
+
+
+def _experts(layer: Any, plan: Plan, hidden_BTD: mx.array, scores_BTE: Any) -> mx.array:
     """The routed experts' share of a MoE layer: top-k of a softmax, renormalised, scaled."""
     assert plan.moe is not None
     router = layer.router
-    scale = router.scale * plan.hidden_size**-0.5
-    scores_BTE = linear(router.proj, mx.fast.rms_norm(hidden_BTD, scale, plan.rms_norm_eps))
-    chosen = mx.stop_gradient(mx.argpartition(scores_BTE, -plan.moe.top_k, axis=-1))
-    chosen = chosen[..., -plan.moe.top_k :]
+    chosen = chosen_experts(scores_BTE, plan.moe.top_k)
     # A softmax over all experts, renormalised over the chosen, is a softmax over the chosen.
     weights = mx.softmax(mx.take_along_axis(scores_BTE, chosen, axis=-1), axis=-1, precise=True)
     weights = weights * router.per_expert_scale[chosen]
@@ -263,14 +297,16 @@ def _experts(layer: Any, plan: Plan, hidden_BTD: mx.array) -> mx.array:
     return layer.post_feedforward_layernorm_2(update)
 
 
-def _plain(layer: Any, keys: mx.array | None, *values: Any, **facts: Any) -> tuple[mx.array, KV]:
+def _plain(
+    layer: Any, keys: mx.array | None, *values: Any, **facts: Any
+) -> tuple[mx.array, KV, list[mx.array]]:
     set_keys(layer, keys)
     return decoder_layer(layer, *values, **facts)
 
 
 def _rematerialized(
     layer: Any, keys: mx.array | None, *values: Any, **facts: Any
-) -> tuple[mx.array, KV]:
+) -> tuple[mx.array, KV, list[mx.array]]:
     """`decoder_layer`, of which only inputs and outputs are kept for the backward pass.
 
     Parameters, K/V and dropout keys are explicit inputs of the function that runs again, because
@@ -283,7 +319,7 @@ def _rematerialized(
     # Dropout draws one mask for all positions.
     piece = piece if piece < T and keys is None else None
 
-    def run(keys: mx.array | None, *values: Any) -> tuple[mx.array, KV]:
+    def run(keys: mx.array | None, *values: Any) -> tuple[mx.array, KV, list[mx.array]]:
         return _plain(layer, keys, *values, piece=piece, **facts)
 
     parameters = layer.trainable_parameters()

@@ -41,7 +41,14 @@ def batch_log_probs(
         options: how the pass is computed.
         gradient: whether they will be differentiated; without, half of the head's work is saved.
     """
-    hidden_RD = forward(gemma, batch, options).flatten(0, 1)
+    return target_log_probs(gemma, forward(gemma, batch, options), batch, gradient=gradient)
+
+
+def target_log_probs(
+    gemma: Model, hidden_BTD: mx.array, batch: Batch, *, gradient: bool = True
+) -> mx.array:
+    """`batch_log_probs` of final hidden states (B, T, D)."""
+    hidden_RD = hidden_BTD.flatten(0, 1)
     if batch.positions_R is not None:
         hidden_RD = hidden_RD[batch.positions_R]
     return token_log_probs(gemma, hidden_RD, batch.targets_R, options.budgets, gradient=gradient)

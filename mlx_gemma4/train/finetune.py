@@ -48,6 +48,7 @@ _EXAMPLES, _LONG_EXAMPLE = 3, 4000
 _FREE_ON_RESUME = {
     *("learning_rate", "rematerialize", "memory", "attention"),
     *("report_every", "eval_every", "val_batches", "save_every", "keep_checkpoints", "verbose"),
+    "router_metrics",
     *("max_minutes", "patience", "on_nonfinite", "sample_prompts", "report_to"),
     *("model", "data"),  # by content: `weights` and `rows`
     "init_from",
@@ -88,6 +89,9 @@ def finetune(
     if config.patience and not data.valid:
         do = "give a valid file, or valid_fraction"
         raise TrainingError("patience without validation data", wanted="some", do=do)
+    if config.balance is not None and gemma.plan.moe is None:
+        found = f"router_metrics or router_aux_loss_coef, and {gemma.name} has no routed experts"
+        raise TrainingError(found, wanted="a mixture of experts", do="leave them out")
     if wrong := [callback for callback in callbacks if not isinstance(callback, Callback)]:
         kind = "a subclass of mlx_gemma4.Callback"
         raise TrainingError(f"{wrong[0]!r} is no Callback", wanted=kind, do=f"make it {kind}")
@@ -164,7 +168,7 @@ def _options(gemma: Gemma4, config: TrainConfig) -> tuple[StepOptions, str]:
     dtype = text_model(gemma.backbone).norm.weight.dtype
     head_dims = {layer.head_dim for layer in gemma.plan.layers}
     fused, how = fused_head_dims(head_dims, dtype, config.attention)
-    return StepOptions(attention=config.attention, fused=fused), how
+    return StepOptions(attention=config.attention, fused=fused, balance=config.balance), how
 
 
 def _sample_prompts(gemma: Gemma4, config: TrainConfig) -> list[Prompt]:

@@ -17,7 +17,9 @@ from ..gemma import Gemma4
 from ..memory.estimate import COMPILES
 from ..model.names import flat
 from ..nn.batch import Batch, StepOptions
-from ..nn.head import batch_log_probs
+from ..nn.forward import forward_routed
+from ..nn.head import target_log_probs
+from ..nn.routing import router_metrics
 from ..objectives import Objective, Sums
 from ..objectives.sft import sft
 
@@ -72,11 +74,22 @@ def gradients(
     batch = batch.with_ple_rows(gemma)
 
     def loss() -> tuple[Any, ...]:
-        return _fields(objective(batch_log_probs(gemma, batch, options), batch))
+        hidden_BTD, routed_L3E = forward_routed(gemma, batch, options)
+        sums = objective(target_log_probs(gemma, hidden_BTD, batch), batch)
+        if routed_L3E is not None and gemma.plan.moe:
+            sums = _with_routing(sums, router_metrics(routed_L3E, gemma.plan.moe.top_k), options)
+        return _fields(sums)
 
     sums, grads = nn.value_and_grad(gemma.backbone, loss)()
     gemma.backbone.update(parameters)
     return Sums(*sums), grads
+
+
+def _with_routing(sums: Sums, found: dict[str, mx.array], options: StepOptions) -> Sums:
+    """With the routers' metrics and loss, each as often as the count will divide it."""
+    found = {name: sums.count * value for name, value in found.items()}
+    loss = sums.loss + (options.balance or 0.0) * found["router_loss"]
+    return Sums(loss, sums.count, {**sums.metrics, **found})
 
 
 def _fields(sums: Sums) -> tuple[mx.array, mx.array, dict[str, mx.array]]:

@@ -212,7 +212,7 @@ class _Meter:
     def __init__(self) -> None:
         self._loss, self._count, self._tokens = 0.0, 0.0, 0
         self._norm: float | None = None
-        self._metrics: defaultdict[str, float] = defaultdict(float)
+        self._metrics: defaultdict[str, Any] = defaultdict(float)
         self._since, self._seconds = 0.0, 0.0
 
     def resume(self) -> None:
@@ -225,7 +225,7 @@ class _Meter:
         self._seconds += time.perf_counter() - self._since
         self._norm = float(norm)
         for name, value in sums.metrics.items():
-            self._metrics[name] += float(value)
+            self._metrics[name] += np.array(value, np.float64)
 
     def line(self, val_loss: float | None, learning_rate: float) -> dict[str, Any]:
         """Of metrics.jsonl; `grad_norm` is the last step's, before clipping."""
@@ -237,4 +237,9 @@ class _Meter:
             "learning_rate": learning_rate,
             "peak_memory_gb": mx.get_peak_memory() / 1e9,
             "grad_norm": self._norm,
-        } | {name: value / self._count for name, value in self._metrics.items()}
+        } | {name: _plain(value / self._count) for name, value in self._metrics.items()}
+
+
+def _plain(value: Any) -> Any:
+    """For JSON: a number, or lists of them to six places."""
+    return float(value) if np.ndim(value) == 0 else value.round(6).tolist()
