@@ -48,9 +48,7 @@ def batch_log_probs(
         options: how the pass is computed.
         gradient: whether they will be differentiated; without, half of the head's work is saved.
     """
-    hidden_RD = forward(gemma, batch, options).flatten(0, 1)
-    if batch.positions_R is not None:
-        hidden_RD = hidden_RD[batch.positions_R]
+    hidden_RD = _target_states(gemma, batch, options)
     return token_log_probs(gemma, hidden_RD, batch.targets_R, gradient=gradient)
 
 
@@ -79,6 +77,31 @@ def token_log_probs(
     parameters = module.trainable_parameters()
     run = in_pieces(with_parameters(module, parameters, log_probs), _chunk_size(gemma.plan), axis=0)
     return run(parameters, hidden_RD, targets_R)
+
+
+def batch_scores(
+    gemma: Model, batch: Batch, options: StepOptions = StepOptions()
+) -> tuple[mx.array, mx.array]:
+    """For a batch's targets (log p, whether it is the likeliest token), each (R,); no gradient."""
+    hidden_RD = _target_states(gemma, batch, options)
+    size = _chunk_size(gemma.plan)
+    parts: list[tuple[mx.array, mx.array]] = []
+    for start in range(0, batch.targets_R.size, size):
+        targets_C = batch.targets_R[start : start + size]
+        if parts:
+            (hidden_RD,) = mx.depends([hidden_RD], list(parts[-1]))  # one chunk is alive at a time
+        logits_CV = logits(gemma, hidden_RD[start : start + size])
+        picked_C = mx.take_along_axis(logits_CV, targets_C[:, None], axis=-1).squeeze(-1)
+        is_top_C = mx.argmax(logits_CV, axis=-1) == targets_C
+        parts.append((picked_C - mx.logsumexp(logits_CV, axis=-1), is_top_C))
+    log_probs, is_top = zip(*parts)
+    return mx.concatenate(list(log_probs)), mx.concatenate(list(is_top))
+
+
+def _target_states(gemma: Model, batch: Batch, options: StepOptions) -> mx.array:
+    """The final hidden state (R, D) that each target is predicted from."""
+    hidden_RD = forward(gemma, batch, options).flatten(0, 1)
+    return hidden_RD if batch.positions_R is None else hidden_RD[batch.positions_R]
 
 
 def logits(gemma: Model, hidden: mx.array) -> mx.array:
