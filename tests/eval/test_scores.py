@@ -12,6 +12,7 @@ from helpers import CHAT, make_lora_nonzero, write_rows
 
 import mlx_gemma4 as g4
 from mlx_gemma4.config import DataConfig
+from mlx_gemma4.data.example import Example
 from mlx_gemma4.eval import __main__ as command
 from mlx_gemma4.eval.answers import exact_match
 from mlx_gemma4.eval.scores import Measure
@@ -31,9 +32,12 @@ def test_figures_of_examples_are_those_of_their_whole_logits(checkpoints, shape,
     monkeypatch.setattr("mlx_gemma4.nn.head._CHUNK_BYTES", 0)  # several chunks of 64 targets
     gemma = g4.load(checkpoints[shape])
     data = g4.read(CHATS, gemma)
-    found = g4.evaluate(gemma, data.train, max_seq_length=96, batch_size=2)
+    likeliest = int(gemma.logits(mx.array(data[0].tokens[None, :9]))[0, -1].argmax())
+    said = Example(np.append(data[0].tokens[:9], likeliest), np.arange(10) == 9, "its own word")
+    data.train = [*data.train, said]
+    found = g4.evaluate(gemma, data.train, max_seq_length=96, batch_size=20)
     loss, accuracy = found.measures["loss"], found.measures["accuracy"]
-    for i in (0, 1, 3, 10):
+    for i in (0, 1, 3, 10, 12):
         example = data[i]
         logits_TV = gemma.logits(mx.array(example.tokens[None, :-1]))[0]
         log_probs_TV = logits_TV - mx.logsumexp(logits_TV, axis=-1, keepdims=True)
@@ -43,6 +47,7 @@ def test_figures_of_examples_are_those_of_their_whole_logits(checkpoints, shape,
         expected = -np.array(log_probs_TV)[T, targets][kept].sum()
         assert loss.sums_N[i] == pytest.approx(expected, rel=1e-5)
         assert accuracy.sums_N[i] == (np.array(logits_TV.argmax(-1)) == targets)[kept].sum()
+    assert accuracy.sums_N[12] == 1
     assert found.loss == pytest.approx(mean_loss(gemma, data.train), rel=1e-5)
     assert found.perplexity == pytest.approx(np.exp(found.loss))
     assert list(found.figures()) == ["loss", "perplexity", "accuracy"]
