@@ -47,7 +47,7 @@ def test_figures_of_examples_are_those_of_their_whole_logits(checkpoints, shape,
         expected = -np.array(log_probs_TV)[T, targets][kept].sum()
         assert loss.sums_N[i] == pytest.approx(expected, rel=1e-5)
         assert accuracy.sums_N[i] == (np.array(logits_TV.argmax(-1)) == targets)[kept].sum()
-    assert accuracy.sums_N[12] == 1
+    assert accuracy.sums_N[12] == 1 and g4.evaluate(gemma, [said]).accuracy == 1
     assert found.loss == pytest.approx(mean_loss(gemma, data.train), rel=1e-5)
     assert found.perplexity == pytest.approx(np.exp(found.loss))
     assert list(found.figures()) == ["loss", "perplexity", "accuracy"]
