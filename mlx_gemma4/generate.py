@@ -72,7 +72,8 @@ def _asked(answer: GenerateConfig) -> tuple[Sequence[Prompt], Any]:
     Raises:
         ConfigError: nothing to answer and nobody to chat with, or two at once.
     """
-    prompts: Sequence[Prompt] = answer.prompt or ()
+    given_prompts = answer.prompt or ()
+    prompts: Sequence[Prompt] = [p if p != "-" else sys.stdin.read() for p in given_prompts]
     tools = _read(answer.tools, "--tools")
     if answer.conversation:
         if prompts:

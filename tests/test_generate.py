@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 
 import pytest
@@ -83,8 +84,9 @@ def test_ids_that_lead_elsewhere(capsys, model, tmp_path, monkeypatch):
 # ---------------------------------------------------------------- what is asked
 
 
-def test_several_prompts_are_answered_each_under_its_heading(tiny, asked, capsys):
-    call("--model", tiny, "--prompt", "A list?", "A file?")
+def test_several_prompts_are_answered_each_under_its_heading(tiny, asked, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("A file?"))
+    call("--model", tiny, "--prompt", "A list?", "-")
     assert capsys.readouterr().out == "== A list?\n1\n\n== A file?\n2\n"
     assert [prompt for prompt, _ in asked] == ["A list?", "A file?"]
 

@@ -60,7 +60,9 @@ class GenerateConfig(Settings):
         None, "a run's folder, such as runs/1, one of its checkpoints, or any adapter folder"
     )
     prompt: Sequence[str] | None = setting(
-        None, "what the user says; several are answered one by one, each without the others"
+        None,
+        "what the user says, - for standard input; several are answered one by one, each without "
+        "the others",
     )
     conversation: str | None = setting(
         None, 'a JSON file: a list of messages, or {"messages": [...], "tools": [...]}'

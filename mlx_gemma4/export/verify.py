@@ -145,17 +145,9 @@ def check_logits(
         ExportError: the library does not hold the tensors, computes other logits, or those of the
             base.
     """
-    if gemma.loaded.packings:
-        why_not = "the base was quantized while it was loaded: export from its --save-quantized"
+    if why_not := _why_not(gemma, library, held is not None):
         return replace(proof, why_not=why_not)
-    missing = [name for name in library.packages if not find_spec(name)]
-    if missing:
-        return replace(proof, why_not=f"{' and '.join(missing)} not installed")
-    package = library.packages[-1]
-    by = f"{package.replace('_', '-')} {importlib.metadata.version(package)}"
-    unfit = held is not None and library.unfit()
-    if unfit:
-        return replace(proof, why_not=f"{by} is installed, and {unfit}")
+    by = _name(library)
     prompts, ours, base = _our_logits(gemma)
     base_model = _attempt(library.load, resolve(gemma.name))
     if isinstance(base_model, str):
@@ -220,6 +212,21 @@ def _our_logits(gemma: Gemma4) -> tuple[list[list[int]], list[np.ndarray], list[
         return prompts, ours, logits(load(gemma.name))
     with without_lora(gemma.backbone):
         return prompts, ours, logits(gemma)
+
+
+def _name(library: Any) -> str:
+    package = library.packages[-1]
+    return f"{package.replace('_', '-')} {importlib.metadata.version(package)}"
+
+
+def _why_not(gemma: Gemma4, library: Any, is_adapter: bool) -> str:
+    """Why the library cannot be tried, if so."""
+    if gemma.loaded.packings:
+        return "the base was quantized while it was loaded: export from its --save-quantized"
+    if missing := [name for name in library.packages if not find_spec(name)]:
+        return f"{' and '.join(missing)} not installed"
+    unfit = is_adapter and library.unfit()
+    return f"{_name(library)} is installed, and {unfit}" if unfit else ""
 
 
 def _attempt(action: Callable[..., Any], *arguments: Any) -> Any:

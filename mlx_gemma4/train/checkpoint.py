@@ -179,11 +179,12 @@ class Checkpoints:
     def _require_same(self, saved: Mapping[str, Any], checkpoint: Path) -> None:
         for key, what, wanted, do in (
             ("rows", "the data holds other training rows", "rows", "put the earlier file back"),
+            ("valid", "the data holds other validation rows", "rows", "put the earlier file back"),
             ("weights", "the model has other weights", "model", "name the earlier model"),
         ):
             if key in saved and saved[key] != self._settings.get(key):
                 raise TrainingError(
-                    f"{what} than those that {checkpoint} learned from",
+                    f"{what} than {checkpoint} has seen",
                     wanted=f"the same {wanted}, whatever its path",
                     do=f"{do}, or {self._anew}",
                 )

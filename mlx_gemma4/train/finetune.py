@@ -113,11 +113,13 @@ def finetune(
     settings |= {"model": gemma.name, "data": data.source}
     settings |= {"quantize": gemma.quantize} if gemma.quantize else {}
     settings |= {"init_from": gemma.adapter} if gemma.adapter else {}
-    fixed = _fixed(gemma, data, config, settings)
+    fixed = _fixed(gemma, data, config, settings) if output or ranks.size > 1 else {}
     with ranks.together():
         ranks.require_same(fixed)
         checkpoints, progress = _checkpoints(run, config, settings, fixed, optimizer, output)
         progress = _share_state(ranks, run, optimizer, progress)
+    if progress.step >= total:
+        run.notes.append(f"all {total} steps are done: more iters or epochs go on")
     listeners = [Console()] * console + [*callbacks]
     if ranks.is_first:
         listeners += make_loggers(config.report_to, settings)
@@ -187,8 +189,7 @@ def _fixed(
     """What a run that resumes, and every rank, shares: settings, rows and base weights."""
     free = may_change(config)
     fixed = {key: value for key, value in settings.items() if key not in free}
-    digests = Examples.of(data.train).digests
-    fixed["rows"] = hashlib.sha256(np.ascontiguousarray(digests).tobytes()).hexdigest()[:16]
+    fixed |= {"rows": _digest(data.train), "valid": _digest(data.valid)}
     return {**fixed, "weights": fingerprint(gemma)}
 
 
@@ -229,6 +230,11 @@ def _checkpoints(
         run.notes.append("no checkpoint was saved yet: beginning at the first step")
     folder.note(settings)
     return checkpoints, progress
+
+
+def _digest(examples: Sequence[Example]) -> str:
+    digests = Examples.of(examples).digests
+    return hashlib.sha256(np.ascontiguousarray(digests).tobytes()).hexdigest()[:16]
 
 
 def _some(data: Dataset) -> list[Shown]:

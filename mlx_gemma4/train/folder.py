@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -21,6 +22,7 @@ from .checkpoint import Checkpoints, writing
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
 REPORT, EVALUATION = "report.html", "evaluation.json"
 _LOCK = "lock"
+_FILES = ("model", "data", "init_from", "sample_prompts")
 
 
 @dataclass(frozen=True)
@@ -31,9 +33,11 @@ class RunFolder:
     resumed: bool
 
     def note(self, settings: Mapping[str, Any]) -> None:
-        """Write config.yaml: what `--resume` and `--config` need to know."""
+        """Write config.yaml: what `--resume` and `--config` need to know, from any folder."""
+        given = {key: settings[key] for key in _FILES if settings.get(key)}
+        paths = {key: os.path.abspath(path) for key, path in given.items() if os.path.exists(path)}
         with writing(self.path / CONFIG):
-            write_text(self.path / CONFIG, yaml.safe_dump(dict(settings)))
+            write_text(self.path / CONFIG, yaml.safe_dump({**settings, **paths}))
 
 
 @contextmanager

@@ -282,6 +282,8 @@ def test_ctrl_c_while_evaluating_does_not_wait_for_its_end(tiny, rows, tmp_path,
 
 def test_resume_and_output_are_enough(tiny, rows, finished, tmp_path, capsys):
     out = Path(shutil.copytree(finished, tmp_path / "out"))
+    command.main(["--resume", "--output", str(out)])
+    assert "all 4 steps are done: more iters or epochs go on" in capsys.readouterr().out
     command.main(["--resume", "--output", str(out), "--iters", "6"])
     run = g4.Run.open(out)
     assert (run.step, run.summary["model"]) == (6, str(tiny))
@@ -333,12 +335,14 @@ def test_the_same_rows_by_another_path_go_on(tiny, rows, finished, tmp_path, cap
     assert g4.Run.open(out).summary["data"] == str(moved)
 
 
-@pytest.mark.parametrize("change", ["text", "order"])
+@pytest.mark.parametrize("change", ["text", "order", "valid"])
 def test_rows_that_changed_are_refused(tiny, finished, tmp_path, change, capsys):
     out = Path(shutil.copytree(finished, tmp_path / "out"))
-    other = CHAT[::-1] if change == "order" else [*CHAT[:-1], {"text": "Another row."}]
-    other = write_rows(tmp_path / "other", train=other)
-    with pytest.raises(g4.TrainingError, match="the data holds other training rows") as error:
+    train = {"text": [*CHAT[:-1], {"text": "Another row."}], "order": CHAT[::-1]}
+    valid = CHAT[1:2] if change == "valid" else CHAT[:1]
+    other = write_rows(tmp_path / "other", train=train.get(change, CHAT), valid=valid)
+    part = "validation" if change == "valid" else "training"
+    with pytest.raises(g4.TrainingError, match=f"the data holds other {part} rows") as error:
         command.main(["--resume", "--output", str(out), "--data", str(other), "--iters", "5"])
     assert error.value.do.endswith(f"--config {out / 'config.yaml'}")
 

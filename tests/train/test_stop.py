@@ -250,7 +250,7 @@ def test_minutes_end_a_run_and_it_goes_on(tiny, rows, tmp_path):
 
 def test_resume_alone_takes_the_newest_run(tiny, rows, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    flags = ["--model", str(tiny), "--data", str(rows), "--lora-rank", "2"]
+    flags = ["--model", os.path.relpath(tiny), "--data", os.path.relpath(rows), "--lora-rank", "2"]
     with pytest.raises(g4.ConfigError, match="runs/ holds no run"):
         command.main(["--resume"])
     command.main([*flags, "--resume", "auto", "--iters", "1"])
@@ -261,6 +261,10 @@ def test_resume_alone_takes_the_newest_run(tiny, rows, tmp_path, monkeypatch, ca
     assert [g4.Run.open(f"runs/{n}").step for n in (1, 10)] == [1, 2]
     command.main(["--resume", "auto", "--iters", "3"])
     assert g4.Run.open("runs/10").step == 3
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    command.main(["--resume", "--output", "../runs/1", "--iters", "4"])
+    assert g4.Run.open("../runs/1").step == 4
 
 
 def test_a_checkpoint_is_exported_by_name(tiny, rows, tmp_path, monkeypatch, capsys):
