@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from .lora.state import load_adapter, unfreeze
 from .lora.targets import parts, resolve_targets
 from .model.conversation import Prompt
 from .model.download import resolve
-from .model.generation import stream_answer
+from .model.generation import stream_answer, stream_tokens
 from .model.loader import LoadedBackbone, load_backbone
 from .model.names import Module, flat, is_frozen_buffer, lm_head, text_model
 from .model.plan import Plan, read_config
@@ -78,8 +78,7 @@ def load(
         images=read_image_settings(folder, loaded.plan),
     )
     if adapter is not None:
-        gemma.adapter = str(adapter)
-        gemma.lora = load_adapter(gemma.backbone, gemma.plan, adapter)
+        gemma.load_adapter(adapter)
     return gemma
 
 
@@ -132,6 +131,16 @@ class Gemma4:
         """Rows (B, T, L, P) of the PLE table, read from disk; None for members without one."""
         return self.loaded.ple_rows(tokens_BT) if self.loaded.ple_rows else None
 
+    def load_adapter(self, adapter: str | Path) -> None:
+        """Put an adapter of any format on the model, or that of a run's folder; let it train.
+
+        Raises:
+            AdapterError: it does not fit, or the model carries one already.
+        """
+        self._require_plain()
+        self.lora = load_adapter(self.backbone, self.plan, adapter)
+        self.adapter = str(adapter)
+
     def add_lora(self, lora: LoraConfig = LoraConfig()) -> Mapping[str, int]:
         """Put LoRA layers on the model and let only them train.
 
@@ -142,10 +151,7 @@ class Gemma4:
             AdapterError: a target matches nothing, or the model carries LoRA already.
             ConfigError: qat, and no stored grid to train on.
         """
-        if self.lora is not None:
-            raise AdapterError(
-                "the model carries LoRA layers already", wanted="one without", do="load it again"
-            )
+        self._require_plain()
         self.backbone.freeze()
         modules = resolve_targets(self.backbone, lora)
         if lora.qat:
@@ -153,6 +159,12 @@ class Gemma4:
         attach_lora(self.backbone, modules, lora)
         self.lora = lora
         return adapted_modules(self.backbone)
+
+    def _require_plain(self) -> None:
+        if self.lora is not None:
+            raise AdapterError(
+                "the model carries LoRA layers already", wanted="one without", do="load it again"
+            )
 
     def _require_stored_grid(self, modules: Collection[Module]) -> None:
         if self.quantize is not None:
@@ -217,20 +229,35 @@ class Gemma4:
         Args:
             prompt: what the user says, or a list of messages (role, content, tool_calls, ...).
             options: system, tools, thinking, max_tokens, temperature, top_p and seed, as in
-                `model.generation.stream_answer`.
+                `model.generation`.
 
         Raises:
             CapabilityError: the model was loaded with encoders.
             ConfigError: a prompt that asks nothing.
             ModelError: the tokenizer has no chat template, or it refuses the prompt.
         """
+        self._require_text()
+        return stream_answer(self.backbone, self.tokenizer, self.end_tokens, prompt, **options)
+
+    def stream_tokens(self, tokens: Sequence[int], **options: Any) -> Iterator[str]:
+        """What follows token ids, in pieces, until an end token.
+
+        Args:
+            options: max_tokens, temperature, top_p and seed, as in `stream`.
+
+        Raises:
+            CapabilityError: the model was loaded with encoders.
+        """
+        self._require_text()
+        return stream_tokens(self.backbone, self.tokenizer, self.end_tokens, tokens, **options)
+
+    def _require_text(self) -> None:
         if self.processor is not None:
             raise CapabilityError(
                 "the model was loaded with encoders, for training",
                 wanted="a text model: answers come from mlx-lm",
                 do="load it without encoders, or use the adapter in mlx-vlm",
             )
-        return stream_answer(self.backbone, self.tokenizer, self.end_tokens, prompt, **options)
 
     def __repr__(self) -> str:
         plan, loaded = self.plan, self.loaded

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -22,10 +22,7 @@ def stream_answer(
     system: str | None = None,
     tools: Any = None,
     thinking: bool = False,
-    max_tokens: int = 256,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
+    **sampling: Any,
 ) -> Iterator[str]:
     """The answer to a prompt in pieces, until the model ends its turn.
 
@@ -33,15 +30,39 @@ def stream_answer(
         backbone: mlx-lm's model.
         end_tokens: ids on which an answer ends.
         prompt, system, tools, thinking: as in `prompt_tokens`.
-        temperature: 0 takes the likeliest token each time.
-        top_p: sample among the likeliest tokens of this total probability.
+        sampling: max_tokens, temperature, top_p and seed, as in `stream_tokens`.
 
     Raises:
         ConfigError: a prompt that asks nothing, or a number out of bounds.
         ModelError: no chat template, or one that refuses the prompt.
     """
-    GenerateConfig(max_tokens=max_tokens, temperature=temperature, top_p=top_p)
     tokens = prompt_tokens(tokenizer, prompt, system=system, tools=tools, thinking=thinking)
+    return stream_tokens(backbone, tokenizer, end_tokens, tokens, **sampling)
+
+
+def stream_tokens(
+    backbone: nn.Module,
+    tokenizer: Any,
+    end_tokens: Collection[int],
+    tokens: Sequence[int],
+    *,
+    max_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> Iterator[str]:
+    """What follows token ids, in pieces, until the model ends its turn.
+
+    Args:
+        backbone: mlx-lm's model.
+        end_tokens: ids on which an answer ends.
+        temperature: 0 takes the likeliest token each time.
+        top_p: sample among the likeliest tokens of this total probability.
+
+    Raises:
+        ConfigError: a number out of bounds.
+    """
+    GenerateConfig(max_tokens=max_tokens, temperature=temperature, top_p=top_p)
 
     def pieces() -> Iterator[str]:
         from mlx_lm.generate import stream_generate
@@ -53,7 +74,7 @@ def stream_answer(
         for piece in stream_generate(
             backbone,
             TokenizerWrapper(tokenizer, eos_token_ids=sorted(end_tokens)),
-            tokens,
+            list(tokens),
             max_tokens=max_tokens,
             sampler=make_sampler(temperature, top_p),
         ):

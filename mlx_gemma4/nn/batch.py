@@ -163,6 +163,10 @@ class Batch:
         media = self.media and self.media.after(done)
         return replace(self, tokens_BT=mx.depends(self.tokens_BT, done), media=media)
 
+    def weighing_nothing(self) -> Batch:
+        """The same batch without a part in any sum."""
+        return replace(self, weights_R=mx.zeros_like(self.weights_R))
+
     def fields(self) -> dict[str, Any]:
         """What `Batch(**fields)` is made from: arrays, and the numbers that decide shapes."""
         fields = {k: v for k, v in vars(self).items() if v is not None}

@@ -41,17 +41,21 @@ def batch_log_probs(
         options: how the pass is computed.
         gradient: whether they will be differentiated; without, half of the head's work is saved.
     """
-    return target_log_probs(gemma, forward(gemma, batch, options), batch, gradient=gradient)
+    hidden_BTD = forward(gemma, batch, options)
+    return target_log_probs(gemma, hidden_BTD, batch, options.budgets, gradient=gradient)
 
 
 def target_log_probs(
-    gemma: Model, hidden_BTD: mx.array, batch: Batch, *, gradient: bool = True
+    gemma: Model,
+    hidden_BTD: mx.array,
+    batch: Batch,
+    budgets: Budgets | None = None,
+    *,
+    gradient: bool = True,
 ) -> mx.array:
     """`batch_log_probs` of final hidden states (B, T, D)."""
-    hidden_RD = hidden_BTD.flatten(0, 1)
-    if batch.positions_R is not None:
-        hidden_RD = hidden_RD[batch.positions_R]
-    return token_log_probs(gemma, hidden_RD, batch.targets_R, options.budgets, gradient=gradient)
+    hidden_RD = _of_targets(hidden_BTD, batch)
+    return token_log_probs(gemma, hidden_RD, batch.targets_R, budgets, gradient=gradient)
 
 
 def token_log_probs(
@@ -87,6 +91,31 @@ def token_log_probs(
     size = budgets.chunk(gemma.plan.vocab_size)
     run = in_pieces(with_parameters(module, parameters, log_probs), size, axis=0)
     return run(parameters, hidden_RD, targets_R)
+
+
+def batch_scores(
+    gemma: Model, batch: Batch, options: StepOptions = StepOptions()
+) -> tuple[mx.array, mx.array]:
+    """For a batch's targets (log p, whether it is the likeliest token), each (R,); no gradient."""
+    hidden_RD = _of_targets(forward(gemma, batch, options), batch)
+    size = options.budgets.chunk(gemma.plan.vocab_size)
+    parts: list[tuple[mx.array, mx.array]] = []
+    for start in range(0, batch.targets_R.size, size):
+        targets_C = batch.targets_R[start : start + size]
+        if parts:
+            (hidden_RD,) = mx.depends([hidden_RD], list(parts[-1]))  # one chunk is alive at a time
+        logits_CV = logits(gemma, hidden_RD[start : start + size])
+        picked_C = mx.take_along_axis(logits_CV, targets_C[:, None], axis=-1).squeeze(-1)
+        is_top_C = mx.argmax(logits_CV, axis=-1) == targets_C
+        parts.append((picked_C - mx.logsumexp(logits_CV, axis=-1), is_top_C))
+    log_probs, is_top = zip(*parts)
+    return mx.concatenate(list(log_probs)), mx.concatenate(list(is_top))
+
+
+def _of_targets(hidden_BTD: mx.array, batch: Batch) -> mx.array:
+    """The final hidden state (R, D) that each target is predicted from."""
+    hidden_RD = hidden_BTD.flatten(0, 1)
+    return hidden_RD if batch.positions_R is None else hidden_RD[batch.positions_R]
 
 
 def logits(gemma: Model, hidden: mx.array) -> mx.array:

@@ -8,8 +8,10 @@ the Python standard library: nothing is downloaded.
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,8 +46,14 @@ def main(arguments: list[str] | None = None) -> None:
 
     from ..export.fuse import with_quantized_model
     from .folder import claim
+    from .parallel import Ranks
     from .run import Run
 
+    ranks = Ranks.join()
+    if not ranks.is_first:
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+            _train(None, with_quantized_model(settings), data_config, config, lora, of_lora)
+        return
     with claim(settings.output, settings.resume or False) as folder:
         settings = with_quantized_model(settings)
         own = config.fine_tune_type == "lora" and settings.init_from is None
@@ -67,14 +75,17 @@ _NO_MODEL = (
 
 
 def _train(
-    folder: RunFolder,
+    folder: RunFolder | None,
     settings: RunConfig,
     data_config: DataConfig,
     config: TrainConfig,
     lora: LoraConfig,
     of_lora: Sequence[str],
 ) -> None:
-    """Load, read, train and tell, in a folder that is claimed; `of_lora` are the keys given."""
+    """Load, read, train and tell, in a folder that is claimed; `of_lora` are the keys given.
+
+    Ranks but the first have no folder.
+    """
     from ..data.dataset import read
     from ..gemma import load
     from ..memory.choose import fit_settings
@@ -89,7 +100,7 @@ def _train(
         read_prompts(config.sample_prompts)
     model, data_folder = settings.model, settings.data
     own = model in (None, str(embedded.model_folder()))
-    if own and not folder.resumed:
+    if own and folder and not folder.resumed:
         print(_NO_MODEL, flush=True)
     if own:
         base, docstrings = embedded.prepare()
@@ -115,9 +126,11 @@ def _train(
         del gemma
         gemma = loaded(encoders=True)
         print("the rows have images: loaded with the image encoder, which stays as it is")
-    before = gemma.generate(embedded.PROMPT, max_tokens=40) if own else None
+    before = gemma.generate(embedded.PROMPT, max_tokens=40) if own and folder else None
     given = lora if config.fine_tune_type == "lora" and settings.init_from is None else None
     run = finetune(gemma, data, config, lora=given, output=folder)
+    if folder is None:
+        return
     if own:
         print(f"asked:  {embedded.PROMPT}")
         print(f"before: {before!r}")
@@ -174,7 +187,11 @@ def _settings(arguments: list[str] | None) -> tuple[Any, ...]:
         merge=_over,
     )
     if values.get("resume"):
-        values = _resumed(values)
+        from .parallel import Ranks
+
+        ranks = Ranks.join()  # the first of which has the folder
+        with ranks.together():
+            values = ranks.told(_resumed(values) if ranks.is_first else None)
     of_lora = sorted(values.keys() & flatten(LoraConfig()).keys())
     if values.get("fine_tune_type") == "full" and of_lora:
         raise ConfigError(

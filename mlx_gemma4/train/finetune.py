@@ -38,6 +38,7 @@ from .folder import METRICS, REPORT, SUMMARY, RunFolder, claim
 from .interrupt import interruptible
 from .loggers import make_loggers
 from .optim import make_optimizer
+from .parallel import Ranks
 from .prefetch import Progress, training_steps
 from .run import Callback, MetricsFile, ReportPage, Run, read_metrics
 from .trainer import Trainer
@@ -67,7 +68,7 @@ def finetune(
     callbacks: Sequence[Callback] = (),
     console: bool = True,
 ) -> Run:
-    """Train a model on data.
+    """Train a model on data; of several ranks, rank 0 has output, callbacks and console.
 
     Args:
         lora: what is adapted; by default the LoRA that the model carries, or LoraConfig().
@@ -95,13 +96,16 @@ def finetune(
     if wrong := [callback for callback in callbacks if not isinstance(callback, Callback)]:
         kind = "a subclass of mlx_gemma4.Callback"
         raise TrainingError(f"{wrong[0]!r} is no Callback", wanted=kind, do=f"make it {kind}")
+    ranks = Ranks.join()
+    if not ranks.is_first:
+        output, callbacks, console = None, (), False
     if output is not None and not isinstance(output, RunFolder):
         with claim(output, resume) as folder:
             return finetune(
                 gemma, data, config, lora=lora, objective=objective, output=folder,
                 callbacks=callbacks, console=console,
             )  # fmt: skip
-    _prepare(gemma, config, lora)
+    _prepare(gemma, config, lora, ranks)
     order = BatchOrder.of(
         data.train, data.config.max_seq_length, config.batch_size, config.packing, config.seed
     )
@@ -119,36 +123,50 @@ def finetune(
     settings |= {"model": gemma.name, "data": data.source}
     settings |= {"quantize": gemma.quantize} if gemma.quantize else {}
     settings |= {"init_from": gemma.adapter} if gemma.adapter else {}
-    checkpoints, progress = _checkpoints(run, data, config, settings, optimizer, output)
+    fixed = _fixed(gemma, data, config, settings) if output or ranks.size > 1 else {}
+    with ranks.together():
+        ranks.require_same(fixed)
+        checkpoints, progress = _checkpoints(run, config, settings, fixed, optimizer, output)
+        progress = _share_state(ranks, run, optimizer, progress)
     if progress.step >= total:
         run.notes.append(f"all {total} steps are done: more iters or epochs go on")
-    listeners = [Console()] * console + [*callbacks, *make_loggers(config.report_to, settings)]
+    listeners = [Console()] * console + [*callbacks]
+    if ranks.is_first:
+        listeners += make_loggers(config.report_to, settings)
     if output:
         (output.path / SUMMARY).unlink(missing_ok=True)  # of an earlier end
         listeners.append(MetricsFile(output.path / METRICS))
         listeners.append(ReportPage(output.path / REPORT, settings, _some(data)))
-    prompts = _sample_prompts(gemma, config)
-    validate = partial(
-        evaluate, gemma, data.valid, data.config, config, objective, lambda: run.interrupted
-    )
+    prompts = _sample_prompts(gemma, config) if ranks.is_first else []
+
+    def mean_loss(examples: Sequence[Example]) -> float | None:
+        return evaluate(
+            gemma, examples, data.config, config, objective, lambda: run.interrupted, ranks
+        )
+
     trainer = Trainer(
         gemma,
-        training_steps(gemma, data.train, order, progress, total, config.grad_accumulation_steps),
+        training_steps(
+            gemma, data.train, order, progress, total, config.grad_accumulation_steps, ranks
+        ),
         optimizer,
         objective,
         callbacks=listeners,
-        validate=validate if data.valid else None,
+        validate=partial(mean_loss, data.valid) if data.valid else None,
         sample=partial(answers, gemma, prompts) if prompts else None,
         checkpoints=checkpoints,
         options=replace(options, remat_layers=layers),
         config=config,
         run=run,
+        ranks=ranks,
     )
     resident, started = mx.get_active_memory(), time.perf_counter()
     length, of_layers = data.config.max_seq_length, len(gemma.plan.layers)
-    with within_memory(config, length, layers, of_layers, memory), interruptible(run):
-        trainer.train(total)
-    run.summary = _summary(run, data, config, objective) | {
+    with within_memory(config, length, layers, of_layers, memory), ranks.together():
+        with interruptible(run):
+            trainer.train(total)
+        test = mean_loss(data.test) if data.test else None
+    run.summary = _summary(run, data, test) | {
         "seconds": time.perf_counter() - started,
         "resident_before_gb": resident / 1e9,
         "compilations": trainer.step.compilations,
@@ -183,29 +201,49 @@ def _sample_prompts(gemma: Gemma4, config: TrainConfig) -> list[Prompt]:
     return read_prompts(config.sample_prompts)
 
 
+def _fixed(
+    gemma: Gemma4, data: Dataset, config: TrainConfig, settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What a run that resumes, and every rank, shares: settings, rows and base weights."""
+    free = may_change(config)
+    fixed = {key: value for key, value in settings.items() if key not in free}
+    fixed |= {"rows": _digest(data.train), "valid": _digest(data.valid)}
+    return {**fixed, "weights": fingerprint(gemma)}
+
+
+def _share_state(
+    ranks: Ranks, run: Run, optimizer: optim.Optimizer, progress: Progress
+) -> Progress:
+    """Begin on every rank where rank 0 does, with its weights and optimizer state."""
+    backbone = run.gemma.backbone
+    progress = Progress(*ranks.told([progress.step, progress.next_batch]))
+    state = {"weights": backbone.trainable_parameters(), "optimizer": optimizer.state}
+    state = ranks.first(state)
+    backbone.update(state["weights"])
+    optimizer.state = state["optimizer"]
+    mx.eval(state)
+    run.step = progress.step
+    return progress
+
+
 def _checkpoints(
     run: Run,
-    data: Dataset,
     config: TrainConfig,
     settings: Mapping[str, Any],
+    fixed: Mapping[str, Any],
     optimizer: optim.Optimizer,
     folder: RunFolder | None,
 ) -> tuple[Checkpoints | None, Progress]:
     """Where the run saves, and where it begins: at the newest checkpoint, if there is one."""
     if folder is None:
         return None, Progress()
-    free = may_change(config)
-    fixed = {key: value for key, value in settings.items() if key not in free}
-    fixed |= {"rows": _digest(data.train), "valid": _digest(data.valid)}
-    fixed["weights"] = fingerprint(run.gemma)
     checkpoints = Checkpoints(folder.path, config.keep_checkpoints, fixed)
     progress, damage = checkpoints.restore(run.gemma, optimizer)
     run.notes += [*damage, checkpoints.note(run.gemma, optimizer)]
     if progress.step:
         run.notes.append(f"going on after step {progress.step}")
-        run.step = progress.step
         reports = read_metrics(folder.path / METRICS)
-        run.history = [report for report in reports if report["step"] <= run.step]
+        run.history = [report for report in reports if report["step"] <= progress.step]
     elif folder.resumed:
         run.notes.append("no checkpoint was saved yet: beginning at the first step")
     folder.note(settings)
@@ -232,8 +270,14 @@ def may_change(config: TrainConfig) -> set[str]:
     return _FREE_ON_RESUME | length
 
 
-def _prepare(gemma: Gemma4, config: TrainConfig, lora: LoraConfig | None) -> None:
+def _prepare(gemma: Gemma4, config: TrainConfig, lora: LoraConfig | None, ranks: Ranks) -> None:
     """Say what trains, with LoRA's random start from the run's seed."""
+    if config.batch_size < ranks.size:
+        raise TrainingError(
+            f"batch_size is {config.batch_size}, for {ranks.size} ranks",
+            wanted="a row of every batch for each rank",
+            do=f"set batch_size {ranks.size} or more",
+        )
     if config.fine_tune_type == "full":
         if gemma.lora is not None or lora is not None:
             found = "lora is given" if gemma.lora is None else "the model carries LoRA layers"
@@ -264,16 +308,13 @@ def _total_steps(order: BatchOrder, config: TrainConfig) -> int:
     return max(1, math.ceil(batches / config.grad_accumulation_steps))
 
 
-def _summary(run: Run, data: Dataset, config: TrainConfig, objective: Objective) -> dict[str, Any]:
+def _summary(run: Run, data: Dataset, test: float | None) -> dict[str, Any]:
     trained, validated = (
         [report[key] for report in run.history if report[key] is not None]
         for key in ("loss", "val_loss")
     )
     trainable = flat(run.gemma.backbone.trainable_parameters())
     losses = {m["val_loss"]: m["step"] for m in run.history[::-1] if m["val_loss"] is not None}
-    test = None
-    if data.test and not run.interrupted:
-        test = evaluate(run.gemma, data.test, data.config, config, objective)
     return {
         "model": run.gemma.name,
         "data": data.source,

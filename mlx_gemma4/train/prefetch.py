@@ -17,6 +17,7 @@ from ..data.example import Example, Examples
 from ..gemma import Gemma4
 from ..model.ple import GatheredRows
 from ..nn.batch import Batch
+from .parallel import Ranks
 
 Tag = TypeVar("Tag")
 
@@ -53,22 +54,33 @@ def training_steps(
     start: Progress,
     total: int,
     accumulation: int = 1,
+    ranks: Ranks = Ranks(),
 ) -> Iterator[Step]:
-    """The steps of a run after `start`, up to step `total`, with `accumulation` batches each."""
+    """The steps of a run after `start`, up to step `total`, with `accumulation` batches each.
+
+    Of several ranks each has its rows of every batch; one without a row gets one that weighs
+    nothing. Tokens are counted of all, `examples` are those of this rank.
+    """
     every = Examples.of(examples)
     shapes = Shapes.of_run(order, every.targets)
 
-    def rows_of_steps() -> Iterator[tuple[tuple[np.ndarray, Progress], list[Rows]]]:
+    def rows_of_steps() -> Iterator[tuple[tuple[int, list[Rows], Progress], list[Rows]]]:
         stream = order.batches(start.next_batch)
         for number in range(start.step + 1, total + 1):
             numbered = list(islice(stream, accumulation))
-            batches = [rows for _, rows in numbered]
-            chosen = np.array([i for rows in batches for row in rows for i in row])
-            yield (chosen, Progress(number, numbered[-1][0] + 1)), batches
+            tokens = int(every.lengths[_examples_of([rows for _, rows in numbered])].sum())
+            own = [ranks.share(rows) for _, rows in numbered]
+            taken = [mine or rows[:1] for mine, (_, rows) in zip(own, numbered)]
+            yield (tokens, own, Progress(number, numbered[-1][0] + 1)), taken
 
-    for (chosen, progress), batches in prepared(gemma, examples, rows_of_steps(), shapes):
-        tokens = int(every.lengths[chosen].sum())
-        yield Step(batches, tokens, progress, Examples(every.stores, every.order[chosen]))
+    for (tokens, own, progress), batches in prepared(gemma, examples, rows_of_steps(), shapes):
+        batches = [batch if mine else batch.weighing_nothing() for batch, mine in zip(batches, own)]
+        chosen = every.order[_examples_of(own)]
+        yield Step(batches, tokens, progress, Examples(every.stores, chosen))
+
+
+def _examples_of(batches: Sequence[Rows]) -> np.ndarray:
+    return np.array([i for rows in batches for row in rows for i in row], np.int64)
 
 
 def prepared(

@@ -22,6 +22,7 @@ from ..nn.head import target_log_probs
 from ..nn.routing import router_metrics
 from ..objectives import Objective, Sums
 from ..objectives.sft import sft
+from .parallel import Ranks
 
 
 def loss_and_grads(
@@ -75,7 +76,7 @@ def gradients(
 
     def loss() -> tuple[Any, ...]:
         hidden_BTD, routed_L3E = forward_routed(gemma, batch, options)
-        sums = objective(target_log_probs(gemma, hidden_BTD, batch), batch)
+        sums = objective(target_log_probs(gemma, hidden_BTD, batch, options.budgets), batch)
         if routed_L3E is not None and gemma.plan.moe:
             sums = _with_routing(sums, router_metrics(routed_L3E, gemma.plan.moe.top_k), options)
         return _fields(sums)
@@ -109,11 +110,13 @@ def train_step(
     objective: Objective = sft,
     options: StepOptions = StepOptions(),
     max_grad_norm: float | None = None,
+    ranks: Ranks = Ranks(),
 ) -> tuple[Sums, mx.array]:
-    """One optimizer step over the batches of an accumulation, as if they were one.
+    """One optimizer step over the batches of an accumulation and of all ranks, as if they were one.
 
     Args:
         max_grad_norm: larger gradients are scaled down to this global norm; None scales nothing.
+        ranks: which have other rows of the same batches.
 
     Returns:
         The sums of all batches together, and the norm of the mean gradient before it was scaled;
@@ -127,6 +130,8 @@ def train_step(
         sums, added = gradients(gemma, batch, objective, own)
         totals = Sums(*tree_map(mx.add, _fields(totals), _fields(sums)))
         grads = tree_map(mx.add, grads, added)
+    whole = ranks.total({"sums": _fields(totals), "grads": grads})
+    totals, grads = Sums(*whole["sums"]), whole["grads"]
     means = tree_map(lambda grad: grad / totals.count, grads)
     squares = [grad.astype(mx.float32).square().sum() for grad in flat(means).values()]
     norm = mx.sqrt(mx.stack(squares).sum())
@@ -143,8 +148,8 @@ class CompiledStep:
     Where the loss or the gradient is not finite, weights and optimizer state stay as they were.
 
     Args:
-        gemma, optimizer, objective, options, max_grad_norm: as in `train_step`; the key of the
-            options is given to each call instead.
+        gemma, optimizer, objective, options, max_grad_norm, ranks: as in `train_step`; the key of
+            the options is given to each call instead.
 
     Attributes:
         compilations: how often it was compiled.
@@ -157,11 +162,13 @@ class CompiledStep:
         objective: Objective = sft,
         options: StepOptions = StepOptions(),
         max_grad_norm: float | None = None,
+        ranks: Ranks = Ranks(),
     ):
         self._gemma, self._optimizer, self._options = gemma, optimizer, options
         self._plain = partial(
-            train_step, gemma, optimizer, objective=objective, max_grad_norm=max_grad_norm
-        )
+            train_step, gemma, optimizer, objective=objective, max_grad_norm=max_grad_norm,
+            ranks=ranks,
+        )  # fmt: skip
         self._compiled = mx.compile(self.pure) if COMPILES else self.pure
         self.compilations = 0
 

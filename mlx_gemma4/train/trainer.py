@@ -22,6 +22,7 @@ from ..objectives.sft import sft
 from ..storage import write_json
 from .checkpoint import Checkpoints, writing
 from .guards import LossWatch, first_not_finite
+from .parallel import Ranks
 from .prefetch import Progress, Step
 from .run import Callback, Run
 from .step import CompiledStep
@@ -48,6 +49,7 @@ class Trainer:
         options: how a step is computed.
         config: gives seed, max_grad_norm, and how often to report, evaluate and save.
         run: what is told to callbacks, and returned.
+        ranks: the processes that train together; callbacks and checkpoints are rank 0's.
     """
 
     def __init__(
@@ -64,12 +66,13 @@ class Trainer:
         options: StepOptions = StepOptions(),
         config: TrainConfig = TrainConfig(),
         run: Run | None = None,
+        ranks: Ranks = Ranks(),
     ):
         self.gemma, self.steps, self.optimizer = gemma, steps, optimizer
         self.callbacks, self.validate, self.checkpoints = callbacks, validate, checkpoints
         self.config, self.run, self.sample = config, run or Run(gemma), sample
-        self.objective, self.options = objective, options
-        self.step = CompiledStep(gemma, optimizer, objective, options, config.max_grad_norm)
+        self.objective, self.options, self.ranks = objective, options, ranks
+        self.step = CompiledStep(gemma, optimizer, objective, options, config.max_grad_norm, ranks)
         self._meter = _Meter()
         self._watch = LossWatch(gemma, config.warmup_steps)
         self._notes: list[str] = []
@@ -95,9 +98,10 @@ class Trainer:
                 self._take(step)
                 if time.perf_counter() > until:
                     run.stop(f"max_minutes, {config.max_minutes:g}, are over")
-                last = run.step == total or run.stopped is not None
+                stopped, interrupted = self._agree()
+                last = run.step == total or stopped
                 evaluated = last or run.step % config.eval_every == 0
-                validate = self.validate if evaluated and not run.interrupted else None
+                validate = self.validate if evaluated and not interrupted else None
                 val_loss = validate() if validate else None
                 if evaluated or run.step % config.report_every == 0:
                     self._report(val_loss, evaluated)
@@ -118,7 +122,8 @@ class Trainer:
         if not self.gemma.backbone.training:
             self.gemma.backbone.train()
         number = step.progress.step
-        random = np.random.SeedSequence([self.config.seed, number]).generate_state(1)[0]
+        drawn = [self.config.seed, number, *[self.ranks.rank] * (self.ranks.rank > 0)]
+        random = np.random.SeedSequence(drawn).generate_state(1)[0]
         key = mx.random.key(int(random))
         sums, norm = self.step(step.batches, key)
         # One step at a time on the device: the next one's memory would add to this one's.
@@ -162,6 +167,14 @@ class Trainer:
             "on_nonfinite skip" + (", and resume" if newest else ""),
         )
 
+    def _agree(self) -> tuple[bool, bool]:
+        """(whether the run stops, and is interrupted): all ranks do where one does."""
+        stopped, interrupted = self.ranks.any(self.run.stopped is not None, self.run.interrupted)
+        self.run.interrupted |= interrupted
+        if stopped:
+            self.run.stop("another rank stopped")
+        return stopped, interrupted
+
     def _is_stuck(self) -> bool:
         """Stop where the last `patience` regular evaluations brought no lower validation loss."""
         losses = [
@@ -173,7 +186,7 @@ class Trainer:
         stuck = bool(losses) and len(losses) - 1 - losses.index(min(losses)) >= patience
         if stuck:
             self.run.stop(f"no lower validation loss in {patience} evaluations")
-        return stuck
+        return self.ranks.any(stuck)[0]
 
     def _report(self, val_loss: float | None, evaluated: bool) -> None:
         rate = float(self.optimizer.learning_rate)
