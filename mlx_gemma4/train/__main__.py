@@ -88,7 +88,6 @@ def _train(
     """
     from ..data.dataset import read
     from ..gemma import load
-    from ..memory.choose import fit_settings
     from . import embedded
     from .evaluate import read_prompts
     from .finetune import finetune
@@ -114,12 +113,7 @@ def _train(
     if config.verbose:
         print(f"  shared K/V: {gemma.loaded.verdict}")
     if settings.fit:
-        data_config, config = fit_settings(
-            gemma.loaded.config, settings.fit, data_config, config, lora
-        )
-        chosen = f"--max-seq-length {data_config.max_seq_length} --batch-size {config.batch_size}"
-        accumulated = f"--grad-accumulation-steps {config.grad_accumulation_steps}"
-        print(f"--fit {settings.fit} chooses {chosen} {accumulated}", flush=True)
+        data_config, config = _fitted(settings.fit, gemma.loaded.config, data_config, config, lora)
     data = read(data_folder, gemma, data_config)
     print(data)
     if data.has_images:
@@ -137,6 +131,18 @@ def _train(
         print(f"after:  {gemma.generate(embedded.PROMPT, max_tokens=40)!r}")
     quantize = ["--quantize", settings.quantize] if settings.quantize else []
     _tell(run.summary, embedded.PROMPT if own else "...", quantize, config.verbose)
+
+
+def _fitted(
+    memory: str, model: Mapping[str, Any], data: DataConfig, train: TrainConfig, lora: LoraConfig
+) -> tuple[DataConfig, TrainConfig]:
+    from ..memory.choose import fit_settings
+
+    data, train = fit_settings(model, memory, data, train, lora)
+    chosen = f"--max-seq-length {data.max_seq_length} --batch-size {train.batch_size}"
+    accumulated = f"--grad-accumulation-steps {train.grad_accumulation_steps}"
+    print(f"--fit {memory} chooses {chosen} {accumulated}", flush=True)
+    return data, train
 
 
 def _require_no_other(
