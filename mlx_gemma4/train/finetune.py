@@ -142,7 +142,8 @@ def finetune(
     )
     resident, started = mx.get_active_memory(), time.perf_counter()
     length, of_layers = data.config.max_seq_length, len(gemma.plan.layers)
-    with within_memory(config, length, layers, of_layers, memory), interruptible(run):
+    newest = checkpoints.newest if checkpoints else lambda: None
+    with within_memory(config, length, layers, of_layers, memory, newest), interruptible(run):
         trainer.train(total)
     run.summary = _summary(run, data, config, objective) | {
         "seconds": time.perf_counter() - started,
