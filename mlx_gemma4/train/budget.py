@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.optimizers as optim
@@ -69,16 +70,22 @@ def run_memory(
 
 @contextmanager
 def within_memory(
-    config: TrainConfig, length: int, layers: int, of_layers: int, forecast: Estimate
+    config: TrainConfig,
+    length: int,
+    layers: int,
+    of_layers: int,
+    forecast: Estimate,
+    newest: Callable[[], Path | None] = lambda: None,
 ) -> Iterator[None]:
     """A run's limits of MLX's cache and of wired memory, put back afterwards.
 
-    Where the device runs out of memory, an error says what to change, and to what.
+    Where the device runs out of memory, or macOS ends its work, an error says what to change.
 
     Args:
         length: max_seq_length.
         layers, of_layers: how many are rematerialised, of how many.
         forecast: of the largest step.
+        newest: gives the newest checkpoint.
     """
     cache_limit = mx.set_cache_limit(forecast.step // 2)
     # Metal keeps wired what is in use, as it does for mlx-lm.
@@ -86,6 +93,8 @@ def within_memory(
     try:
         yield
     except (RuntimeError, MemoryError) as error:
+        if re.search("Impacting ?Interactivity", str(error), re.IGNORECASE):
+            raise _ended_by_macos(error, newest()) from None
         if not re.search("memory|alloc", str(error) + repr(error), re.IGNORECASE):
             raise
         used = max(mx.get_peak_memory() - forecast.resident, forecast.step)
@@ -113,6 +122,17 @@ def within_memory(
         mx.set_cache_limit(cache_limit)
         if wired is not None:
             mx.set_wired_limit(wired)
+
+
+def _ended_by_macos(error: Exception, checkpoint: Path | None) -> TrainingError:
+    """Of macOS 26, which ends long work of the GPU while a display is on."""
+    kept = f"; {checkpoint} is kept" if checkpoint else ""
+    return TrainingError(
+        f"macOS ended the GPU's work, to keep the display responsive ({error}){kept}",
+        wanted="a display that is off, or work without that limit of time",
+        do="turn the display off, or set AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1 in the environment; then "
+        + ("resume" if checkpoint else "run it again"),
+    )
 
 
 def trial_step(

@@ -162,7 +162,8 @@ def finetune(
     )
     resident, started = mx.get_active_memory(), time.perf_counter()
     length, of_layers = data.config.max_seq_length, len(gemma.plan.layers)
-    with within_memory(config, length, layers, of_layers, memory), ranks.together():
+    newest = checkpoints.newest if checkpoints else lambda: None
+    with within_memory(config, length, layers, of_layers, memory, newest), ranks.together():
         with interruptible(run):
             trainer.train(total)
         test = mean_loss(data.test) if data.test else None
