@@ -15,9 +15,9 @@ PIP := -m pip --disable-pip-version-check --quiet
 LLAMA_CPP_PYTHON := 0.3.36
 LLAMA_CPP := $(VENV)-gguf/llama_cpp_python-$(LLAMA_CPP_PYTHON)/vendor/llama.cpp
 
-# Two processes, each with whole files: their models are made once. Each has one thread of BLAS, or
-# they would wait for each other's.
-TWO := -n 2 --dist loadfile
+# Two processes; one that is done takes from the other's rest. Each has one thread of BLAS, or they
+# would wait for each other's.
+TWO := -n 2 --dist worksteal
 ALONE := OPENBLAS_NUM_THREADS=1 $(FAST)
 # What other versions of MLX, mlx-lm, mlx-vlm and transformers can change: loading, the capability
 # gate, the forward and its gradients, LoRA layers, chat templates, the proofs of exports, and

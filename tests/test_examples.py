@@ -25,7 +25,7 @@ def default(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         cache = tmp_path_factory.mktemp("cache")
         patch.setattr(embedded, "_BASE", dataclasses.replace(embedded._BASE, iters=3))
-        modules = {"logging", "http", "json", "trace", "enum"}
+        modules = {"logging", "json", "trace", "enum"}
         patch.setattr(stdlib, "sys", SimpleNamespace(stdlib_module_names=modules))
         model, data = embedded.prepare(cache)
         yield cache, (model, data)

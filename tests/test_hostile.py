@@ -438,6 +438,7 @@ class Table:
             self.wrong.append(f"{name}: {shown}")
         if files_of(self.root) != before:
             self.wrong.append(f"{name}: files changed")
+        shutil.rmtree(self.root / f"{self.count - 1}", ignore_errors=True)
 
     verbose = False
 

@@ -134,21 +134,21 @@ def test_a_cache_that_cannot_be_written(small_default, tmp_path, monkeypatch, pl
     assert not Path("runs/1").exists()
 
 
-@pytest.mark.parametrize("damage", ["cut", "changed", "missing", "empty", "no hashes"])
-def test_a_damaged_cache_is_built_again(small_default, capsys, damage):  # noqa: F811
+def test_a_damaged_cache_is_built_again(small_default, capsys):  # noqa: F811
     model, _ = embedded.prepare()
     weights = model / "model.safetensors"
     content = weights.read_bytes()
-    {
-        "cut": lambda: weights.write_bytes(content[:1000]),
-        "changed": lambda: weights.write_bytes(content[:-4] + b"\xff\xff\xff\xff"),
-        "missing": (model / "tokenizer.json").unlink,
-        "empty": lambda: (shutil.rmtree(model.parent), model.parent.mkdir()),
-        "no hashes": (model.parent / "hashes.json").unlink,
-    }[damage]()
-    capsys.readouterr()
-    assert embedded.prepare()[0] == model
-    assert "building a small Gemma 4" in capsys.readouterr().out
-    assert weights.stat().st_size == len(content)
-    embedded.prepare()
-    assert "building" not in capsys.readouterr().out
+    for damage in (
+        lambda: weights.write_bytes(content[:1000]),
+        lambda: weights.write_bytes(content[:-4] + b"\xff\xff\xff\xff"),
+        (model / "tokenizer.json").unlink,
+        lambda: (shutil.rmtree(model.parent), model.parent.mkdir()),
+        (model.parent / "hashes.json").unlink,
+    ):
+        damage()
+        capsys.readouterr()
+        assert embedded.prepare()[0] == model
+        assert "building a small Gemma 4" in capsys.readouterr().out
+        assert weights.stat().st_size == len(content)
+        embedded.prepare()
+        assert "building" not in capsys.readouterr().out

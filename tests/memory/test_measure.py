@@ -125,7 +125,7 @@ def test_settings_that_are_given_are_not_measured():
 
 def test_the_forecast_of_a_real_model():
     """Measured at 1024 and 2048 positions; at 2560 it takes what was forecast."""
-    plan = plan_of("dense", 2, vocab_size=512, hidden_size=128, intermediate_size=3072)
+    plan = plan_of("dense", 2, vocab_size=512, hidden_size=128, intermediate_size=1536)
     settings = StepSettings(length=2560, dtype="float32", attention="blockwise", compiled=False)
     built = build_model(plan, settings)
 
