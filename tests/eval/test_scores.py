@@ -29,7 +29,7 @@ def data(gemma) -> g4.Dataset:
 
 @pytest.mark.parametrize("shape", ["e2b", "moe"])
 def test_figures_of_examples_are_those_of_their_whole_logits(checkpoints, shape, monkeypatch):
-    monkeypatch.setattr("mlx_gemma4.nn.budgets._CHUNK_BYTES", 0)  # several chunks of 64 targets
+    monkeypatch.setattr("mlx_gemma4.nn.budgets.Budgets.chunk", lambda *_: 64)
     gemma = g4.load(checkpoints[shape])
     data = g4.read(CHATS, gemma)
     likeliest = int(gemma.logits(mx.array(data[0].tokens[None, :9]))[0, -1].argmax())
