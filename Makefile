@@ -5,6 +5,7 @@
 # make verify-gguf   loads what is exported in llama.cpp, which it builds from source (10 minutes);
 #                LLAMA_CPP=folder takes the converter of a source tree of yours
 # make bench     ours beside mlx-lm: loss, step time, memory
+# make soak     2,000 small steps: does memory stay flat, is every file closed? (minutes)
 # make lint      ruff and mypy
 
 VENV := .venv
@@ -26,7 +27,7 @@ OLDEST := tests/model tests/nn tests/lora tests/train/test_step.py tests/train/t
 	tests/data/test_chat.py tests/data/test_chat_prompts.py tests/data/test_chat_thoughts.py \
 	tests/export/test_export.py tests/export/test_export_verify.py
 
-.PHONY: demo test legacy parity verify-gguf bench lint clean
+.PHONY: demo test legacy parity verify-gguf bench soak lint clean
 
 demo: $(VENV)/installed
 	$(FAST) $(VENV)/bin/python -m mlx_gemma4.train
@@ -46,6 +47,9 @@ verify-gguf: $(VENV)-gguf/installed
 
 bench: $(VENV)/installed
 	$(FAST) $(VENV)/bin/python benchmarks/run.py
+
+soak: $(VENV)/installed
+	$(FAST) $(VENV)/bin/python benchmarks/soak.py
 
 lint: $(VENV)/installed-lint
 	$(VENV)/bin/python -m ruff check .

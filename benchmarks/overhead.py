@@ -11,6 +11,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import resource
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -68,6 +71,22 @@ def whole(
     return between.spent / steps
 
 
+def first_step(model: Path, root: Path) -> tuple[float, float]:
+    """(seconds to the line of its first step, CPU seconds in all) of a run of one step, 8 rows."""
+    (root / "few").mkdir()
+    rows = (root / "data" / "train.jsonl").read_text().splitlines(keepends=True)[:8]
+    (root / "few" / "train.jsonl").write_text("".join(rows))
+    words = ["--model", model, "--data", root / "few", "--output", root / "first", "--iters", "1"]
+    began = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, "-m", "mlx_gemma4.train", *map(str, words)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line.startswith("step 1 of 1"):
+                seconds = time.perf_counter() - began[0]
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return seconds, spent.ru_utime + spent.ru_stime - began[1].ru_utime - began[1].ru_stime
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=40)
@@ -79,6 +98,8 @@ def main() -> None:
         stdlib.write_chat_rows(root / "data")
         texts = [f"{signature}: {answer}\n" for _, signature, answer in stdlib.docstrings()]
         model = build_tiny(root / "model", texts[:500])
+        seconds, cpu = first_step(model, root)
+        print(f"a process to its first step: {seconds:.1f} s; CPU of the whole run {cpu:.1f} s")
         settings = g4.DataConfig(max_seq_length=given.length, overlong="truncate")
         data = g4.read(str(root / "data"), g4.load(model), settings)
         data.valid, data.test = [], []

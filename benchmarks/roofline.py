@@ -252,8 +252,8 @@ def step_of_mlx_lm(plan: Any, length: int, checkpointed: bool) -> Tape:
         layer.__call__ = own
 
 
-def step_of_ours(plan: Any, length: int, rematerialize: bool) -> Tape:
-    """Our step."""
+def step_of_ours(plan: Any, length: int, rematerialize: bool, memory: float = 16e9) -> Tape:
+    """Our step, as a GPU of so many bytes takes it."""
     from step_memory import make_batch
 
     from mlx_gemma4.config import LoraConfig
@@ -261,19 +261,25 @@ def step_of_ours(plan: Any, length: int, rematerialize: bool) -> Tape:
     from mlx_gemma4.memory.estimate import StepSettings
     from mlx_gemma4.model.capability import inspect_backbone
     from mlx_gemma4.model.loader import LoadedBackbone
-    from mlx_gemma4.nn.batch import Batch, StepOptions
-    from mlx_gemma4.train.step import train_step
+    from mlx_gemma4.nn.batch import StepOptions
+    from mlx_gemma4.nn.budgets import Budgets
+    from mlx_gemma4.train.step import CompiledStep
 
     backbone = _built(plan, ple_table=False)
     loaded = LoadedBackbone(backbone, plan, {}, None, inspect_backbone(backbone), 0, 0)
     gemma = Gemma4("random", loaded, None, None, frozenset())
     targets = tuple(name.split(".")[1] for name in TARGETS)
     gemma.add_lora(LoraConfig(rank=RANK, alpha=RANK * SCALE, targets=targets))
-    options = StepOptions(len(plan.layers) if rematerialize else 0)
+    options = StepOptions(
+        len(plan.layers) if rematerialize else 0, budgets=Budgets(gpu_memory=int(memory))
+    )
 
     def step(optimizer: Any, fields: Any) -> Any:
-        sums, _ = train_step(gemma, optimizer, [Batch(**fields)], options=options)
-        return sums.loss, sums.count
+        own = CompiledStep(gemma, optimizer, options=options)
+        parameters, state = backbone.trainable_parameters(), optimizer.state
+        (loss, *_), norm, parameters, optimizer.state = own.pure(parameters, state, [fields], None)
+        backbone.update(parameters)
+        return loss, norm
 
     batch = make_batch(plan, StepSettings(length=length, targets=1.0))
     return _traced(backbone, step, {k: v for k, v in vars(batch).items() if v is not None})
@@ -294,6 +300,7 @@ def main() -> None:
     parser.add_argument("models", nargs="+", choices=MEMBERS, metavar="MODEL")
     parser.add_argument("--chip", choices=CHIPS, default="m3max")
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048])
+    parser.add_argument("--memory", type=float, default=16, help="GB that the GPU may use")
     parser.add_argument("--only", nargs="+", choices=STEPS, default=list(STEPS))
     parser.add_argument("--by", choices=("kind", "shape"), help="where it goes, largest first")
     parser.add_argument("--top", type=int, default=25, help="lines of --by")
@@ -303,7 +310,8 @@ def main() -> None:
     for model in given.models:
         for length in given.lengths:
             for name in given.only:
-                tape = STEPS[name](MEMBERS[model], length)
+                own = {"memory": given.memory * 1e9} if name.startswith("ours") else {}
+                tape = STEPS[name](MEMBERS[model], length, **own)
                 kernels = list(costs(tape))
                 total = sum((cost for *_, cost in kernels), Cost())
                 seconds = sum(cost.seconds(given.chip) for *_, cost in kernels)

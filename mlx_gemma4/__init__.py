@@ -25,6 +25,7 @@ _HOMES = {
     for module, names in {
         "config": "DataConfig LoraConfig TrainConfig",
         "data.dataset": "Dataset read",
+        "eval.scores": "Evaluation evaluate",
         "export.fuse": "save_quantized",
         "errors": "AdapterError CapabilityError ConfigError DataError ExportError Gemma4Error "
         "ModelError TrainingError",
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
         ModelError,
         TrainingError,
     )
+    from .eval.scores import Evaluation, evaluate
     from .export.fuse import save_quantized
     from .gemma import Gemma4, load
     from .model.plan import Plan

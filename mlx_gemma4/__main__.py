@@ -8,6 +8,7 @@ _COMMANDS = {
     "mlx_gemma4.data": "look at what would be trained on",
     "mlx_gemma4.train": "fine-tune Gemma 4; without arguments, a small one on real text",
     "mlx_gemma4.report": "one run as a page, or several side by side",
+    "mlx_gemma4.eval": "loss, accuracy, answers and tasks: the base beside its adapter",
     "mlx_gemma4.fit": "will it fit: memory by settings, from config.json alone",
     "mlx_gemma4.generate": "answer a prompt with a model and its adapter",
     "mlx_gemma4.export": "adapters and models for other libraries, each proved there",

@@ -97,6 +97,9 @@ def run_command(main: Callable[[], None]) -> None:
     except Gemma4Error as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, ImportError) as error:
+        # Ctrl-C while MLX's extension is loading comes as an ImportError.
+        if not isinstance(error.__cause__ or error, KeyboardInterrupt):
+            raise
         print("stopped: what was saved is kept", file=sys.stderr)
         raise SystemExit(130) from None

@@ -44,9 +44,10 @@ def main(arguments: list[str] | None = None) -> None:
     groups = [RunConfig, DataConfig, TrainConfig, LoraConfig, FitConfig]
     run, data, train, lora, fit = build(groups, given, "the flags")
 
-    from .memory.choose import machine_memory, parse_memory
+    from .memory.choose import parse_memory
     from .memory.report import answer
     from .model.download import fetch_config
+    from .nn.budgets import machine_memory
 
     config = fetch_config(run.model)
     memory = parse_memory(train.memory) if train.memory else machine_memory()

@@ -14,13 +14,13 @@ from .config import GenerateConfig, LoraConfig
 from .errors import AdapterError, CapabilityError, ConfigError, ModelError
 from .lora.attach import adapted_modules, attach_lora
 from .lora.state import load_adapter, unfreeze
-from .lora.targets import resolve_targets
+from .lora.targets import parts, resolve_targets
 from .media.prompt import expanded_prompt
 from .model.conversation import Prompt, conversation, media_of, with_media
 from .model.download import resolve
 from .model.generation import TextOf, stream_tokens
 from .model.loader import LoadedBackbone, load_backbone
-from .model.names import flat, is_frozen_buffer, lm_head, text_model
+from .model.names import Module, flat, is_frozen_buffer, lm_head, text_model
 from .model.plan import Plan, read_config
 from .model.processor import NO_MEDIA, MediaSettings, read_media_settings
 from .model.quantize import Policy, described
@@ -80,8 +80,7 @@ def load(
         media=read_media_settings(folder, loaded.plan),
     )
     if adapter is not None:
-        gemma.adapter = str(adapter)
-        gemma.lora = load_adapter(gemma.backbone, gemma.plan, adapter)
+        gemma.load_adapter(adapter)
     return gemma
 
 
@@ -134,6 +133,16 @@ class Gemma4:
         """Rows (B, T, L, P) of the PLE table, read from disk; None for members without one."""
         return self.loaded.ple_rows(tokens_BT) if self.loaded.ple_rows else None
 
+    def load_adapter(self, adapter: str | Path) -> None:
+        """Put an adapter of any format on the model, or that of a run's folder; let it train.
+
+        Raises:
+            AdapterError: it does not fit, or the model carries one already.
+        """
+        self._require_plain()
+        self.lora = load_adapter(self.backbone, self.plan, adapter)
+        self.adapter = str(adapter)
+
     def add_lora(self, lora: LoraConfig = LoraConfig()) -> Mapping[str, int]:
         """Put LoRA layers on the model and let only them train.
 
@@ -142,15 +151,37 @@ class Gemma4:
 
         Raises:
             AdapterError: a target matches nothing, or the model carries LoRA already.
+            ConfigError: qat, and no stored grid to train on.
         """
+        self._require_plain()
+        self.backbone.freeze()
+        modules = resolve_targets(self.backbone, lora)
+        if lora.qat:
+            self._require_stored_grid(modules)
+        attach_lora(self.backbone, modules, lora)
+        self.lora = lora
+        return adapted_modules(self.backbone)
+
+    def _require_plain(self) -> None:
         if self.lora is not None:
             raise AdapterError(
                 "the model carries LoRA layers already", wanted="one without", do="load it again"
             )
-        self.backbone.freeze()
-        attach_lora(self.backbone, resolve_targets(self.backbone, lora), lora)
-        self.lora = lora
-        return adapted_modules(self.backbone)
+
+    def _require_stored_grid(self, modules: Collection[Module]) -> None:
+        if self.quantize is not None:
+            raise ConfigError(
+                f"qat, and {self.name} is quantized only in memory",
+                wanted="a quantized model in a folder, whose grid a fused export keeps",
+                do="give --save-quantized DIR beside --quantize",
+            )
+        found = ((i, path, m) for i, _, named in parts(self.backbone) for path, m in named.items())
+        if not any("scales" in module for i, path, module in found if (i, path) in modules):
+            raise ConfigError(
+                f"qat, and no weight of {self.name} that LoRA adapts is quantized",
+                wanted="a quantized model, to whose grid a fused export rounds",
+                do="leave out qat, or quantize the model with --quantize 4 --save-quantized DIR",
+            )
 
     def train_all(self, *, encoders: bool = False) -> None:
         """Let every weight of the language model train, but no buffer or PLE table.
@@ -225,22 +256,22 @@ class Gemma4:
         GenerateConfig(**{name: sampling[name] for name in sampling if name != "seed"})
         messages = conversation(with_media(prompt, images, audio), system)
         tokens = prompt_tokens(self.tokenizer, messages, tools=tools, thinking=thinking)
-        parts, how = media_of(messages), (self.tokenizer, self.end_tokens)
+        shown, how = media_of(messages), (self.tokenizer, self.end_tokens)
         if self.processor is None:
-            if parts:
+            if shown:
                 raise CapabilityError(
-                    f"a prompt with {parts[0][0]}, and a model without encoders",
+                    f"a prompt with {shown[0][0]}, and a model without encoders",
                     wanted="a checkpoint with encoders, loaded with them",
                     do="load it with g4.load(path, encoders=True)",
                 )
-            return stream_tokens(self.backbone, *how, tokens, **sampling)
+            return self.stream_tokens(tokens, **sampling)
         if not self.loaded.verdict.native and self.plan.num_shared:
             raise CapabilityError(
                 "the installed mlx-vlm answers wrongly where layers share keys and values",
                 wanted="mlx-vlm 0.5 or later",
                 do="pip install -U mlx-vlm, or load the model without encoders",
             )
-        ids, media = expanded_prompt(tokens, parts, self.tokenizer, self.media)
+        ids, media = expanded_prompt(tokens, shown, self.tokenizer, self.media)
 
         def pieces() -> Iterator[str]:
             model = TextOf(self.backbone)
@@ -251,6 +282,23 @@ class Gemma4:
             yield from stream_tokens(model, *how, ids[-1:].tolist(), caches=caches, **sampling)
 
         return pieces()
+
+    def stream_tokens(self, tokens: Sequence[int], **sampling: Any) -> Iterator[str]:
+        """What follows token ids, in pieces, until an end token.
+
+        Args:
+            sampling: as in `stream`.
+
+        Raises:
+            CapabilityError: the model was loaded with encoders.
+        """
+        if self.processor is not None:
+            raise CapabilityError(
+                "the model was loaded with encoders",
+                wanted="a text model: answers to tokens come from mlx-lm",
+                do="load it without encoders",
+            )
+        return stream_tokens(self.backbone, self.tokenizer, self.end_tokens, tokens, **sampling)
 
     def __repr__(self) -> str:
         plan, loaded = self.plan, self.loaded

@@ -20,6 +20,7 @@ from mlx_gemma4.data.read.records import located
 from mlx_gemma4.model.loader import build_backbone, load_backbone
 from mlx_gemma4.model.names import flat
 from mlx_gemma4.model.plan import Plan
+from mlx_gemma4.nn.budgets import Budgets
 
 TEXTS = [
     "What is a generator? It yields values, one at a time.\n",
@@ -192,3 +193,13 @@ def encode_together(rows, tokenizer, train_on: str, thinking: str = "keep", on_b
 def _as_written(turn: dict) -> dict:
     turn = dict(turn)
     return turn if turn.pop("train", True) else {**turn, "weight": 0}
+
+
+def small_budgets(
+    monkeypatch, *, on_gpu: bool = False, queries: int = 64, positions: int = 64, targets: int = 64
+) -> None:
+    """Little is formed at a time; on a GPU, blocks go together and GELU keeps its inputs."""
+    monkeypatch.setattr(Budgets, "block", lambda *_: (queries, 3 if on_gpu else 1))
+    monkeypatch.setattr(Budgets, "mlp_positions", lambda *_: positions)
+    monkeypatch.setattr(Budgets, "chunk", lambda *_: targets)
+    monkeypatch.setattr(Budgets, "keeps_derivatives", not on_gpu)

@@ -487,8 +487,13 @@ def test_a_loss_that_is_not_finite(tiny, rows, tmp_path, capsys):
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-000001"]
 
 
-def test_a_run_that_is_stopped_says_that_nothing_is_lost(tiny, rows, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("is_loading", [False, True])
+def test_a_run_that_is_stopped_says_that_nothing_is_lost(
+    is_loading, tiny, rows, tmp_path, capsys, monkeypatch
+):
     def stop(*_, **__):
+        if is_loading:
+            raise ImportError("in an extension") from KeyboardInterrupt()
         raise KeyboardInterrupt
 
     monkeypatch.setattr(g4.Batch, "with_ple_rows", stop)

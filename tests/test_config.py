@@ -37,7 +37,11 @@ OWN_VALUES = {
     "report_to": ["wandb", "trackio"],
     "min_learning_rate": 5e-5,
 }
-BESIDE = {"train_parts": {"fine_tune_type": "full"}, "weight_decay": {"optimizer": "adamw"}}
+BESIDE = {
+    "train_parts": {"fine_tune_type": "full"},
+    "embedding_learning_rate": {"fine_tune_type": "full"},
+    "weight_decay": {"optimizer": "adamw"},
+}
 """What a field needs of another, to be a setting at all."""
 
 

@@ -58,7 +58,8 @@ def test_every_flag_that_is_shown_exists(path):
 def test_the_pages_show_every_command():
     shown = {module for path in PAGES for module, _ in commands(path)}
     wanted = {
-        f"mlx_gemma4.{name}" for name in ("data", "train", "fit", "generate", "export", "report")
+        f"mlx_gemma4.{name}"
+        for name in ("data", "train", "fit", "generate", "export", "report", "eval")
     }
     assert wanted <= shown
 

@@ -113,4 +113,4 @@ def test_the_required_packages_stay_few():
     extras = project["optional-dependencies"]
     assert extras["data"] == ["datasets>=4", "pyarrow"] and extras["plot"] == ["matplotlib"]
     assert extras["all"] == ["mlx-gemma4[data,plot,gguf,audio]"]
-    assert "mlx-gemma4[all]" in extras["test"]
+    assert "mlx-gemma4[all,tensorboard]" in extras["test"]

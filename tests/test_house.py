@@ -31,6 +31,7 @@ STEPS = [
     {"data", "objectives"},
     {"export", "report"},
     {"train"},
+    {"eval"},
     {"commands"},
 ]
 UPSTREAM = {"mlx", "mlx_lm", "mlx_vlm", "transformers"}
@@ -268,9 +269,9 @@ def test_modules_and_what_they_offer_say_what_they_are(module):
 def test_the_public_names():
     assert mlx_gemma4.__all__ == [
         "AdapterError", "Batch", "Callback", "CapabilityError", "ConfigError", "DataConfig",
-        "DataError", "Dataset", "ExportError", "Gemma4", "Gemma4Error", "LoraConfig", "ModelError",
-        "Plan", "Run", "StepOptions", "Sums", "TrainConfig", "Trainer", "TrainingError",
-        "finetune", "load", "loss_and_grads", "read", "save_quantized",
+        "DataError", "Dataset", "Evaluation", "ExportError", "Gemma4", "Gemma4Error", "LoraConfig",
+        "ModelError", "Plan", "Run", "StepOptions", "Sums", "TrainConfig", "Trainer",
+        "TrainingError", "evaluate", "finetune", "load", "loss_and_grads", "read", "save_quantized",
     ]  # fmt: skip
     for name in mlx_gemma4.__all__:
         assert getattr(mlx_gemma4, name).__doc__, name
@@ -317,5 +318,5 @@ def test_main_lists_the_commands(capsys):
 
     main()
     printed = capsys.readouterr().out
-    for command in ("train", "generate", "export", "fit", "data", "report"):
+    for command in ("train", "generate", "export", "fit", "data", "report", "eval"):
         assert f"python -m mlx_gemma4.{command}" in printed

@@ -1,6 +1,7 @@
 """The settings of runs and commands, each declared once (schema.py)."""
 
 from .commands import (
+    EvalConfig,
     ExportConfig,
     FitConfig,
     GenerateConfig,
@@ -15,6 +16,7 @@ from .train import TrainConfig
 
 __all__ = [
     "DataConfig",
+    "EvalConfig",
     "ExportConfig",
     "FitConfig",
     "GenerateConfig",

@@ -123,6 +123,28 @@ class ShowConfig(Settings):
 
 
 @dataclass(frozen=True)
+class EvalConfig(Settings):
+    """`python -m mlx_gemma4.eval`."""
+
+    adapter: str | None = setting(
+        None, "a run's folder, such as runs/1, one of its checkpoints, or any adapter folder"
+    )
+    split: Literal["test", "valid", "train"] | None = setting(
+        None, "the examples that are asked; default: test, valid or train, the first there is"
+    )
+    answers: int = setting(
+        0, "let the first N examples be answered, and count exact matches", at_least=0
+    )
+    max_tokens: int = setting(256, "the most tokens of an answer", at_least=1)
+    tasks: Sequence[str] | None = setting(
+        None, "tasks of lm-evaluation-harness, or .yaml files of your own"
+    )
+    limit: int | None = setting(
+        None, "the first N examples, and questions of each task, only", at_least=1
+    )
+
+
+@dataclass(frozen=True)
 class ReportConfig(Settings):
     """`python -m mlx_gemma4.report`."""
 

@@ -34,6 +34,11 @@ class LoraConfig(Settings):
     num_layers: int = setting(-1, "adapt only the last N layers; -1 is all", at_least=-1)
     use_rslora: bool = setting(False, "scale by alpha / sqrt(rank), for high ranks")
     use_dora: bool = setting(False, "learn the length of each weight row too (DoRA)")
+    qat: bool = setting(
+        False,
+        "quantization-aware: round the update into the quantized weights in each step, as a fused "
+        "export with --quantize base does, so that it loses nothing",
+    )
     rank_pattern: Mapping[str, int] | None = setting(
         None, "ranks of single modules, in the words of lora_targets: down_proj=4"
     )
@@ -54,6 +59,13 @@ class LoraConfig(Settings):
             raise ConfigError(found, wanted="one of them", do="leave out lora_layers or num_layers")
         if self.layers is not None and not all(self.layer_spans):
             raise wrong("lora_layers", self.layers, "layers and ranges of them, such as 0-9,20")
+        if self.qat and (self.use_dora or self.dropout):
+            other = "use_dora" if self.use_dora else "lora_dropout"
+            raise ConfigError(
+                f"qat and {other}",
+                wanted="an update that a fused export rounds into the weights as it is trained",
+                do=f"leave out qat or {other}",
+            )
         if not self.targets:
             raise wrong("lora_targets", "empty", "at least one module")
 

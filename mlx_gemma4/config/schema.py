@@ -181,7 +181,7 @@ class Part(NamedTuple):
 
     Attributes:
         only: names of fields; empty for all.
-        positional: names of fields that are given without a flag.
+        positional: names of fields that are given without a flag; "model?" may be left out.
         help: help of its own for single fields, where the command means something else by them.
     """
 
@@ -259,6 +259,8 @@ def _add_flags(parser: argparse.ArgumentParser, part: Part) -> None:
             options.update(type=kind, metavar={int: "N", float: "X"}.get(kind, "TEXT"))
         if item.name in part.positional:
             section.add_argument(key, **options | {"metavar": key.upper()})
+        elif f"{item.name}?" in part.positional:
+            section.add_argument(key, **options | {"metavar": key.upper(), "nargs": "?"})
         else:
             section.add_argument("--" + key.replace("_", "-"), dest=key, **options)
 

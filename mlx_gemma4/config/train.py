@@ -20,8 +20,8 @@ class TrainConfig(Settings):
     )
     train_parts: tuple[str, ...] | None = setting(
         None,
-        "full fine-tuning of these parts only: norms, last-N-layers, and words of lora_targets "
-        "such as ple-projections; default: all",
+        "full fine-tuning of these parts only: norms, embeddings, last-N-layers, and words of "
+        "lora_targets such as ple-projections; default: all",
     )
     iters: int | None = setting(None, "optimizer steps; default: one epoch", at_least=1)
     epochs: float | None = setting(None, "passes over the data, instead of iters", above=0.0)
@@ -46,11 +46,24 @@ class TrainConfig(Settings):
     lora_plus_ratio: float | None = setting(
         None, "LoRA+: the learning rate of B over that of A; default: both are one", at_least=1.0
     )
+    embedding_learning_rate: float | None = setting(
+        None,
+        "full fine-tuning: the rate of the token embeddings, lower for continued pretraining",
+        at_least=0.0,
+    )
     lr_schedule: Literal["constant", "linear", "cosine"] = setting(
         "constant", "how the learning rate falls over the run"
     )
     min_learning_rate: float = setting(0.0, "where a linear or cosine schedule ends", at_least=0.0)
     warmup_steps: int = setting(0, "steps over which the learning rate rises first", at_least=0)
+    router_metrics: bool = setting(
+        False,
+        "experts: each expert's share of its layer's tokens, the routers' entropy and "
+        "load-balancing loss, in metrics.jsonl",
+    )
+    router_aux_loss_coef: float = setting(
+        0.0, "experts: the load-balancing loss, times this, is trained too", at_least=0.0
+    )
     weight_decay: float = setting(0.0, "of matrices; norms and biases do not decay", at_least=0.0)
     max_grad_norm: float | None = setting(None, "clip gradients to this global norm", at_least=0.0)
     rematerialize: str | int = setting(
@@ -92,6 +105,12 @@ class TrainConfig(Settings):
         None, "save and stop after so many evaluations without a lower validation loss", at_least=1
     )
 
+    @property
+    def balance(self) -> float | None:
+        """As in StepOptions."""
+        asked = self.router_metrics or self.router_aux_loss_coef
+        return self.router_aux_loss_coef if asked else None
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.iters is not None and self.epochs is not None:
@@ -115,6 +134,15 @@ class TrainConfig(Settings):
                 f"fine_tune_type is full and lora_plus_ratio is {self.lora_plus_ratio}",
                 wanted="LoRA or full fine-tuning",
                 do="leave out lora_plus_ratio, or set fine_tune_type lora",
+            )
+        if self.embedding_learning_rate is not None and (
+            self.fine_tune_type == "lora" or not self.learning_rate
+        ):
+            raise ConfigError(
+                f"embedding_learning_rate is {self.embedding_learning_rate}, fine_tune_type is "
+                f"{self.fine_tune_type} and learning_rate is {self.learning_rate}",
+                wanted="embeddings that train, beside weights that train",
+                do="set fine_tune_type full, or leave out embedding_learning_rate",
             )
         if unknown := sorted({*self.report_to} - {*_SERVICES}):
             raise wrong("report_to", ", ".join(unknown), "some of " + ", ".join(_SERVICES))

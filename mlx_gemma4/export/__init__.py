@@ -70,6 +70,12 @@ def export(
             "export with --format fused or mlx-lm",
         )
         raise AdapterError(found, wanted="LoRA", do=do)
+    if gemma.lora and gemma.lora.qat and (format, options.get("quantize")) != ("fused", "base"):
+        raise AdapterError(
+            f"{gemma.name} was adapted with qat, for a fused export on its own grid",
+            wanted="the weights that were trained",
+            do="export with --format fused --quantize base",
+        )
     output = Path(output).expanduser()
     if format == "gguf":
         return _export_gguf(gemma, output, verify)

@@ -31,6 +31,7 @@ from ..model.names import (
 from ..model.plan import Plan
 from ..model.targets import settings_of
 from ..nn.dropout import KeyedDropout
+from ..nn.on_grid import LoRAOnGrid, updated
 from .targets import parts
 
 
@@ -51,6 +52,8 @@ def attach_lora(backbone: nn.Module, modules: Sequence[Module], config: LoraConf
                 lora = _lora_layer(module, config).from_base(module, r=rank, scale=scale)
                 if config.dropout:
                     lora.dropout = KeyedDropout(config.dropout)
+                if config.qat and "scales" in module:
+                    lora = LoRAOnGrid(lora)
                 wrapped.append((path, lora))
         part.update_modules(tree_unflatten(wrapped))
     backbone.eval()
@@ -159,7 +162,7 @@ class LowRank:
     def apply(self, weight: mx.array, rows: slice) -> mx.array:
         """The new values, float32, of a run of the first axis of a float32 weight."""
         a = self.a[rows] if self.a.ndim == 3 else self.a
-        new = weight + self.scale * (self.b[rows].astype(mx.float32) @ a.astype(mx.float32))
+        new = updated(weight, a, self.b[rows], self.scale)
         if self.magnitude is not None:
             norms = mx.linalg.norm(new, axis=1, keepdims=True)
             new = new * (self.magnitude[rows, None].astype(mx.float32) / norms)

@@ -12,15 +12,12 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import product
 from typing import Any
-
-import mlx.core as mx
 
 from ..config import DataConfig, LoraConfig, TrainConfig
 from ..config.schema import wrong
@@ -167,13 +164,3 @@ def parse_memory(text: str) -> int:
     if not match or unit not in _UNITS or not float(match[1]):
         raise wrong("memory", repr(text), "a number with a unit: 16GB, 24GiB, 800MB")
     return int(float(match[1]) * _UNITS[unit])
-
-
-def machine_memory() -> int:
-    """Bytes that training may use here: what the GPU's driver recommends, or the RAM."""
-    if mx.default_device().type == mx.DeviceType.gpu:
-        info = mx.device_info()
-        for key in ("max_recommended_working_set_size", "total_memory", "memory_size"):
-            if info.get(key):
-                return int(info[key])
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

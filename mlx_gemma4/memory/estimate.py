@@ -18,8 +18,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 
-import mlx.core as mx
-
 from ..config import LoraConfig
 from ..errors import ConfigError
 from ..model.names import EXPERTS, ROUTER, is_meant
@@ -27,9 +25,8 @@ from ..model.plan import LayerPlan, Plan
 from ..model.quantize import ROUTER as ROUTER_PACKING
 from ..model.quantize import Packing
 from ..model.targets import chosen_layers, chosen_modules, settings_of
-from ..nn.attention import _AUTO_BYTES, _queries_of_a_block
-from ..nn.forward import _LEAST_POSITIONS, _PIECE_BYTES
-from ..nn.head import _chunk_size, _slab_size
+from ..nn.attention import goes_blockwise
+from ..nn.budgets import Budgets
 from ..nn.mask import AttentionMask
 from ..storage import size
 
@@ -61,6 +58,9 @@ _MOVING_MLP, _MOVING_HIDDEN, _MOVING_QUERIES, _MOVING_SCORES = 5, 4, 3, 2
 """Gradients and sums that are alive in one layer's backward pass beside what it kept: of the MLP's
 width, of the hidden state's, of the queries', and of one block of scores (or of all, if plain)."""
 
+_AHEAD_HIDDEN = 2
+"""The same of the hidden state's width, of the layer that a compiled step on CPU has gone on to."""
+
 _UPDATE_AHEAD = 0.7
 """New parameters and moments, as a share of the gradients, that a compiled update allocates before
 the old ones are free."""
@@ -84,7 +84,7 @@ class StepSettings:
         dtype: of weights that are not quantized.
         moments: arrays that the optimizer keeps for each trained one (MOMENTS).
         compiled: whether the step runs through mx.compile.
-        device: "cpu" or "gpu".
+        budgets: how much is formed at a time.
     """
 
     batch_size: int = 1
@@ -98,7 +98,7 @@ class StepSettings:
     dtype: str = "bfloat16"
     moments: int = 2
     compiled: bool = COMPILES
-    device: str = field(default_factory=lambda: mx.default_device().type.name)
+    budgets: Budgets = field(default_factory=Budgets.here)
 
     def __post_init__(self) -> None:
         if isinstance(self.remat_layers, bool):
@@ -116,6 +116,10 @@ class StepSettings:
         return DTYPE_BYTES[self.dtype]
 
     @property
+    def on_cpu(self) -> bool:
+        return self.budgets.gpu_memory is None
+
+    @property
     def positions(self) -> int:
         """Positions of a batch."""
         return self.batch_size * self.length
@@ -124,7 +128,7 @@ class StepSettings:
         """Whether attention goes block by block."""
         if self.attention != "auto":
             return self.attention == "blockwise"
-        return self.batch_size * plan.num_heads * self.length**2 * 4 > _AUTO_BYTES
+        return goes_blockwise(self.batch_size, plan.num_heads, self.length)
 
 
 @dataclass(frozen=True)
@@ -285,17 +289,17 @@ def _head(plan: Plan, s: StepSettings, last_layer: int) -> int:
     gradient with each.
     """
     targets, trained = math.ceil(s.positions * s.targets), s.lora is None
-    compiled_on_cpu = s.compiled and s.device == "cpu"
+    compiled_on_cpu = s.compiled and s.on_cpu
     if trained:
         ahead = _CHUNKS_AHEAD_COMPILED_ON_CPU if compiled_on_cpu else _CHUNKS_AHEAD
-        rows = min(_chunk_size(plan), targets)
+        rows = min(s.budgets.chunk(plan.vocab_size), targets)
         parts = 2 * math.ceil(targets / rows)
         alive = min(2 * targets, rows * max(ahead, 4))
         total = _CHUNK_ARRAYS * alive * plan.vocab_size * 4
         weights = min(parts // 2 + 1, ahead) * plan.vocab_size * plan.hidden_size
     else:
         ahead = _SLABS_AHEAD_COMPILED_ON_CPU if compiled_on_cpu else _SLABS_AHEAD
-        width = min(_slab_size(plan, targets), plan.vocab_size)
+        width = min(s.budgets.slab(plan.vocab_size, targets), plan.vocab_size)
         parts = math.ceil(plan.vocab_size / width)
         alive = min(plan.vocab_size, width * ahead)
         total = targets * alive * (4 + s.itemsize)  # exponentials; logits, then their gradient
@@ -311,16 +315,17 @@ def _backward(plan: Plan, layer: LayerPlan, s: StepSettings) -> int:
     queries, scores = plan.num_heads * layer.head_dim, s.length**2
     if s.blockwise(plan):
         mask = AttentionMask(s.length, layer.window, None, s.longest)
-        block = min(s.length, _queries_of_a_block(s.batch_size, plan.num_heads, mask))
-        scores = block * min(s.length, block + mask.reach)
+        block, together = s.budgets.block(s.batch_size, plan.num_heads, mask)
+        scores = max(t.blocks * t.queries * t.keys for t in mask.tiles(block, together))
     mlp_positions = s.length
     if again:
-        at_once = _PIECE_BYTES // (s.batch_size * layer.mlp_width * x) // 64 * 64
-        mlp_positions = min(s.length, max(_LEAST_POSITIONS, at_once))
+        at_once = s.budgets.mlp_positions(s.batch_size, layer.mlp_width, x)
+        mlp_positions = min(s.length, at_once)
     mlp = _MOVING_MLP * layer.mlp_width
     if plan.moe:
         mlp += plan.moe.top_k * (_MOVING_MLP * plan.moe.width + 2 * plan.hidden_size)
-    total = s.positions * x * (_MOVING_HIDDEN * plan.hidden_size + _MOVING_QUERIES * queries)
+    hidden = _MOVING_HIDDEN + _AHEAD_HIDDEN * (s.compiled and s.on_cpu)
+    total = s.positions * x * (hidden * plan.hidden_size + _MOVING_QUERIES * queries)
     total += _MOVING_SCORES * 4 * s.batch_size * plan.num_heads * scores
     total += s.batch_size * mlp_positions * x * mlp
     if again:
@@ -342,7 +347,7 @@ def _kept(plan: Plan, layer: LayerPlan, s: StepSettings) -> tuple[int, int]:
     queries, keys = plan.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim
     ranks = _ranks(plan, layer, s.lora)
     # On CPU a norm is float32 steps; on Metal it is one primitive that keeps its input as it is.
-    normed = 4 if s.device == "cpu" else x
+    normed = 4 if s.on_cpu else x
 
     def norm(width: int) -> int:
         return width * (normed + (x if full else 0))
@@ -359,14 +364,14 @@ def _kept(plan: Plan, layer: LayerPlan, s: StepSettings) -> tuple[int, int]:
     if not layer.shares_kv:
         kept += norm(keys) + x * keys + normed * keys + x * keys  # keys, and values
     if s.blockwise(plan):
-        kept += x * queries + 4 * plan.num_heads  # its output and log-sum-exp
+        kept += x * queries  # its output
     else:
         kept += (x * plan.num_heads + 1) * s.length  # softmax(QK^T), and the mask
     kept += product(queries, attn[3]) + norm(D)  # out of attention
     kept += _ADAPTER_BYTES * sum(ranks.values())  # between A and B
 
     rest = norm(D) + product(D, "mlp.gate_proj", "mlp.up_proj")
-    rest += 2 * x * layer.mlp_width  # gelu_times: two derivatives
+    rest += 2 * x * layer.mlp_width  # gelu_times: two derivatives, or its inputs
     rest += product(layer.mlp_width, "mlp.down_proj") + norm(D)
     if plan.ple:
         rest += product(D, "per_layer_input_gate") + x * plan.ple.width

@@ -249,6 +249,13 @@ def stored_packing(
     return packing
 
 
+def packing_of(module: Any) -> Packing:
+    """How the weight of a quantized module is packed."""
+    packing = Packing(module.group_size, module.bits, module.mode)
+    on_grid = packing.settings == Q4_0.settings and (module.biases == -8 * module.scales).all()
+    return Q4_0 if on_grid else packing
+
+
 def quantize_as_stored(
     backbone: nn.Module, quantization: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
 ) -> None:

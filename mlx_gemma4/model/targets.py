@@ -94,7 +94,8 @@ def settings_of(config: LoraConfig, module: Module) -> tuple[int, float]:
 def chosen_weights(parts: Iterable[str], names: Collection[str], num_layers: int) -> set[str]:
     """The weights that parts mean, of the inner names of a language model's.
 
-    A part is `norms`, `last-N-layers` (whole), or a word of lora_targets but `all-linear`.
+    A part is `norms`, `embeddings` (of the tokens; the tied head too), `last-N-layers` (whole), or
+    a word of lora_targets but `all-linear`.
 
     Raises:
         ConfigError: a part that the model does not have.
@@ -105,8 +106,8 @@ def chosen_weights(parts: Iterable[str], names: Collection[str], num_layers: int
         if not found:
             raise ConfigError(
                 f"train_parts names {part!r}, which the model does not have",
-                wanted=f"norms, last-N-layers of {num_layers}, {', '.join(PRESETS)}, or a module "
-                "of the layers such as q_proj",
+                wanted=f"norms, embeddings, last-N-layers of {num_layers}, {', '.join(PRESETS)}, "
+                "or a module of the layers such as q_proj",
                 do="change train_parts",
             )
         chosen |= found
@@ -117,6 +118,8 @@ def _is_of(name: str, part: str, num_layers: int) -> bool:
     module = name.rpartition(".")[0]
     if part == "norms":
         return "norm" in module.rpartition(".")[2]
+    if part == "embeddings":
+        return module == "embed_tokens"
     layer = re.match(r"layers\.(\d+)\.", name)
     if layer is None or part == ALL_LINEAR:
         return False

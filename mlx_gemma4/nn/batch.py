@@ -5,13 +5,14 @@ Shapes: B rows, T tokens, L layers, P width of per-layer embeddings, R targets.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
 
 from ..errors import DataError
+from .budgets import Budgets
 from .media import Media
 
 if TYPE_CHECKING:
@@ -162,6 +163,10 @@ class Batch:
         media = self.media and self.media.after(done)
         return replace(self, tokens_BT=mx.depends(self.tokens_BT, done), media=media)
 
+    def weighing_nothing(self) -> Batch:
+        """The same batch without a part in any sum."""
+        return replace(self, weights_R=mx.zeros_like(self.weights_R))
+
     def fields(self) -> dict[str, Any]:
         """What `Batch(**fields)` is made from: arrays, and the numbers that decide shapes."""
         fields = {k: v for k, v in vars(self).items() if v is not None}
@@ -212,15 +217,22 @@ def _images(mm_token_type_ids: Any, tokens: mx.array, T: int) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class StepOptions:
-    """How a step is computed; the values that come out are the same.
+    """How a step is computed; the values that come out are the same but for `balance`.
 
     Attributes:
         remat_layers: layers, from the first, of which only the input is kept and which run again
             in the backward pass (gradient checkpointing).
         attention: "auto", "plain" or "blockwise".
+        budgets: how much is formed at a time; by default as suits this device.
+        fused: head dims at which "auto" leaves causal attention to the library.
         key: where dropout draws from; None is the global random state.
+        balance: the coefficient of the routers' load-balancing loss in the step; with a number, 0
+            too, its metrics tell what they did.
     """
 
     remat_layers: int = 0
     attention: str = "auto"
+    budgets: Budgets = field(default_factory=Budgets.here)
+    fused: frozenset[int] = frozenset()
     key: mx.array | None = None
+    balance: float | None = None

@@ -23,19 +23,15 @@ from ..model.plan import LayerPlan, Plan
 from .activation import gelu_times
 from .attention import attention
 from .batch import Batch, StepOptions
+from .budgets import Budgets
 from .dropout import draw_keys, set_keys
 from .linear import linear
 from .mask import AttentionMask
 from .media import with_media
 from .remat import in_pieces, rematerialized, with_parameters
+from .routing import chosen_experts, router_sums
 
 KV = tuple[mx.array, mx.array]
-
-_PIECE_BYTES = 2 * 2**20
-"""What one activation of the MLP may have where its positions are taken a piece at a time; 256
-positions and up, so that its products still fill a GPU."""
-
-_LEAST_POSITIONS = 256
 
 _MOST_ROWS = 32_768
 """Tokens, once for each of their experts, that go through the experts together: of more, MLX up to
@@ -57,7 +53,17 @@ def forward(
     options: StepOptions = StepOptions(),
     kept: dict[int, KV] | None = None,
 ) -> mx.array:
-    """Final hidden states (B, T, D), after the last norm.
+    """Final hidden states (B, T, D), after the last norm; arguments as in `forward_routed`."""
+    return forward_routed(gemma, batch, options, kept)[0]
+
+
+def forward_routed(
+    gemma: Model,
+    batch: Batch,
+    options: StepOptions = StepOptions(),
+    kept: dict[int, KV] | None = None,
+) -> tuple[mx.array, mx.array | None]:
+    """Final hidden states (B, T, D), and what each layer's router did.
 
     Args:
         gemma: a `Gemma4`.
@@ -65,11 +71,15 @@ def forward(
         options: how the pass is computed: gradient checkpointing of the first layers (Chen et al.
             2016, arXiv:1604.06174), the attention method, dropout's key.
         kept: takes the keys and values of every layer that has its own, by its index.
+
+    Returns:
+        The second is (L, 3, E), `router_sums` of each layer; None if the options do not ask.
     """
     text, plan = text_model(gemma.backbone), gemma.plan
     hidden_BTD = text.embed_tokens(batch.tokens_BT) * plan.hidden_size**0.5
     if batch.media is not None:
-        how = {"remat": options.remat_layers > 0, "method": options.attention, "key": options.key}
+        attend = partial(attention, method=options.attention, budgets=options.budgets)
+        how = {"remat": options.remat_layers > 0, "attend": attend, "key": options.key}
         hidden_BTD = with_media(gemma.backbone, batch.media, hidden_BTD, **how)
     inputs = _per_layer_inputs(text, plan, hidden_BTD, batch.ple_BTLP)
     masks = _masks(plan, batch)
@@ -77,9 +87,11 @@ def forward(
     count = len(plan.layers)
     keys = [None] * count if options.key is None else mx.random.split(options.key, count)
     shared: dict[int, KV] = {}
+    real_BT = None if options.balance is None else batch.tokens_BT != plan.pad_token
+    routed: list[mx.array] = []
     for layer_plan, layer, own_key, input_BTP in zip(plan.layers, text.layers, keys, inputs):
         run = _rematerialized if layer_plan.index < options.remat_layers else _plain
-        hidden_BTD, kv = run(
+        hidden_BTD, kv, sums = run(
             layer,
             draw_keys(layer, own_key),
             hidden_BTD,
@@ -89,13 +101,15 @@ def forward(
             layer_plan=layer_plan,
             mask=masks[layer_plan.kind],
             positions_BT=positions_BT,
-            method=options.attention,
+            options=options,
+            real_BT=real_BT,
         )
         if layer_plan.index in plan.kv_sources:
             shared[layer_plan.index] = kv
+        routed += sums
         if kept is not None and not layer_plan.shares_kv:
             kept[layer_plan.index] = kv
-    return text.norm(hidden_BTD)
+    return text.norm(hidden_BTD), mx.stack(routed) if routed else None
 
 
 def decoder_layer(
@@ -108,9 +122,10 @@ def decoder_layer(
     layer_plan: LayerPlan,
     mask: AttentionMask,
     positions_BT: mx.array | None,
-    method: str,
+    options: StepOptions,
+    real_BT: mx.array | None = None,
     piece: int | None = None,
-) -> tuple[mx.array, KV]:
+) -> tuple[mx.array, KV, list[mx.array]]:
     """One decoder layer.
 
     Args:
@@ -118,35 +133,56 @@ def decoder_layer(
         shared_kv: keys and values of the layer's source; None if the layer has its own.
         mask: which positions attend to which.
         positions_BT: position of every token in its sequence; None is one sequence a row.
-        method: how attention is computed.
+        options: how attention and GELU are computed.
+        real_BT: which tokens are no padding, where what the router does is asked for.
         piece: positions that go through the MLP together; None is all. Only for layers that are
             rematerialised: it costs nothing there.
 
     Returns:
-        The layer's output (B, T, D), and the keys and values that it attended to.
+        The layer's output (B, T, D), the keys and values that it attended to, and a list of its
+        `router_sums`, empty if none are asked for.
     """
     normed_BTD = layer.input_layernorm(hidden_BTD)
     mixed, kv = _attend(
-        layer.self_attn, layer_plan, normed_BTD, shared_kv, mask, positions_BT, method
+        layer.self_attn, layer_plan, normed_BTD, shared_kv, mask, positions_BT, options
     )
     hidden_BTD = hidden_BTD + layer.post_attention_layernorm(mixed)
-    inputs = [hidden_BTD] if input_BTP is None else [hidden_BTD, input_BTP]
-    after = partial(_after_attention, layer, plan)
-    return (_piecewise(layer, after, piece, inputs) if piece else after(*inputs)), kv
+    inputs = {"hidden_BTD": hidden_BTD}
+    if input_BTP is not None:
+        inputs["input_BTP"] = input_BTP
+    sums = []
+    if plan.moe is not None:
+        inputs["scores_BTE"] = _router_scores(layer.router, plan, hidden_BTD)
+        if real_BT is not None:
+            sums.append(router_sums(inputs["scores_BTE"], plan.moe.top_k, real_BT))
+
+    def after(*arrays: mx.array) -> mx.array:
+        return _after_attention(layer, plan, options.budgets, **dict(zip(inputs, arrays)))
+
+    values = list(inputs.values())
+    out_BTD = _piecewise(layer, after, piece, values) if piece else after(*values)
+    return out_BTD, kv, sums
 
 
 def _after_attention(
-    layer: Any, plan: Plan, hidden_BTD: mx.array, input_BTP: mx.array | None = None
+    layer: Any,
+    plan: Plan,
+    budgets: Budgets,
+    hidden_BTD: mx.array,
+    input_BTP: mx.array | None = None,
+    scores_BTE: mx.array | None = None,
 ) -> mx.array:
     """The rest of a layer, in which no position looks at another: MLP, experts, per-layer input."""
-    update = _mlp(layer.mlp, layer.pre_feedforward_layernorm(hidden_BTD))
+    gated = partial(gelu_times, keep_derivatives=budgets.keeps_derivatives)
+    update = _mlp(layer.mlp, layer.pre_feedforward_layernorm(hidden_BTD), gated)
     if plan.moe is not None:
-        update = layer.post_feedforward_layernorm_1(update) + _experts(layer, plan, hidden_BTD)
+        experts = _experts(layer, plan, hidden_BTD, scores_BTE)
+        update = layer.post_feedforward_layernorm_1(update) + experts
     hidden_BTD = hidden_BTD + layer.post_feedforward_layernorm(update)
 
     if input_BTP is not None:
         gate = linear(layer.per_layer_input_gate, hidden_BTD)
-        update = linear(layer.per_layer_projection, gelu_times(gate, input_BTP))
+        update = linear(layer.per_layer_projection, gated(gate, input_BTP))
         hidden_BTD = hidden_BTD + layer.post_per_layer_input_norm(update)
     return hidden_BTD * layer.layer_scalar
 
@@ -198,7 +234,7 @@ def _attend(
     shared_kv: KV | None,
     mask: AttentionMask,
     positions_BT: mx.array | None,
-    method: str,
+    options: StepOptions,
 ) -> tuple[mx.array, KV]:
     def heads(projected: mx.array, norm: Callable[[mx.array], mx.array]) -> mx.array:
         return norm(mx.unflatten(projected, -1, (-1, layer_plan.head_dim)))
@@ -211,7 +247,9 @@ def _attend(
         kv = rotated(heads(keys, attn.k_norm)), _by_head(heads(values, attn.v_norm))
     else:
         kv = shared_kv
-    mixed_BNTH = attention(queries_BNTH, *kv, mask, method)
+    mixed_BNTH = attention(
+        queries_BNTH, *kv, mask, options.attention, options.budgets, options.fused
+    )
     return linear(attn.o_proj, mixed_BNTH.transpose(0, 2, 1, 3).flatten(-2)), kv
 
 
@@ -243,19 +281,21 @@ def _positions(segments_BT: mx.array) -> mx.array:
     return here - mx.cummax(mx.where(starts, here, 0), axis=1)
 
 
-def _mlp(mlp: Any, x_BTD: mx.array) -> mx.array:
+def _mlp(mlp: Any, x_BTD: mx.array, gated: Callable[..., mx.array]) -> mx.array:
     gate, up = linear(mlp.gate_proj, x_BTD), linear(mlp.up_proj, x_BTD)
-    return linear(mlp.down_proj, gelu_times(gate, up))
+    return linear(mlp.down_proj, gated(gate, up))
 
 
-def _experts(layer: Any, plan: Plan, hidden_BTD: mx.array) -> mx.array:
+def _router_scores(router: Any, plan: Plan, hidden_BTD: mx.array) -> mx.array:
+    scale = router.scale * plan.hidden_size**-0.5
+    return linear(router.proj, mx.fast.rms_norm(hidden_BTD, scale, plan.rms_norm_eps))
+
+
+def _experts(layer: Any, plan: Plan, hidden_BTD: mx.array, scores_BTE: Any) -> mx.array:
     """The routed experts' share of a MoE layer: top-k of a softmax, renormalised, scaled."""
     assert plan.moe is not None
     router = layer.router
-    scale = router.scale * plan.hidden_size**-0.5
-    scores_BTE = linear(router.proj, mx.fast.rms_norm(hidden_BTD, scale, plan.rms_norm_eps))
-    chosen = mx.stop_gradient(mx.argpartition(scores_BTE, -plan.moe.top_k, axis=-1))
-    chosen = chosen[..., -plan.moe.top_k :]
+    chosen = chosen_experts(scores_BTE, plan.moe.top_k)
     # A softmax over all experts, renormalised over the chosen, is a softmax over the chosen.
     weights = mx.softmax(mx.take_along_axis(scores_BTE, chosen, axis=-1), axis=-1, precise=True)
     weights = weights * router.per_expert_scale[chosen]
@@ -268,24 +308,29 @@ def _experts(layer: Any, plan: Plan, hidden_BTD: mx.array) -> mx.array:
     return layer.post_feedforward_layernorm_2(update)
 
 
-def _plain(layer: Any, keys: mx.array | None, *values: Any, **facts: Any) -> tuple[mx.array, KV]:
+def _plain(
+    layer: Any, keys: mx.array | None, *values: Any, **facts: Any
+) -> tuple[mx.array, KV, list[mx.array]]:
     set_keys(layer, keys)
     return decoder_layer(layer, *values, **facts)
 
 
 def _rematerialized(
     layer: Any, keys: mx.array | None, *values: Any, **facts: Any
-) -> tuple[mx.array, KV]:
+) -> tuple[mx.array, KV, list[mx.array]]:
     """`decoder_layer`, of which only inputs and outputs are kept for the backward pass.
 
     Parameters, K/V and dropout keys are explicit inputs of the function that runs again, because
     what it closes over gets no gradient. `facts` (plans and masks) need none.
     """
-    hidden_BTD = values[0]
+    hidden_BTD, budgets = values[0], facts["options"].budgets
+    B, T, _ = hidden_BTD.shape
+    width = facts["layer_plan"].mlp_width
+    piece = budgets.mlp_positions(B, width, hidden_BTD.dtype.size)
     # Dropout draws one mask for all positions.
-    piece = _positions_of_a_piece(hidden_BTD, facts["layer_plan"]) if keys is None else None
+    piece = piece if piece < T and keys is None else None
 
-    def run(keys: mx.array | None, *values: Any) -> tuple[mx.array, KV]:
+    def run(keys: mx.array | None, *values: Any) -> tuple[mx.array, KV, list[mx.array]]:
         return _plain(layer, keys, *values, piece=piece, **facts)
 
     parameters = layer.trainable_parameters()
@@ -297,11 +342,3 @@ def _piecewise(
 ) -> mx.array:
     parameters = {k: v for k, v in layer.trainable_parameters().items() if k != "self_attn"}
     return in_pieces(with_parameters(layer, parameters, after), piece, axis=1)(parameters, *inputs)
-
-
-def _positions_of_a_piece(hidden_BTD: mx.array, layer_plan: LayerPlan) -> int | None:
-    """A multiple of 64 positions whose MLP activations stay within the budget; None if all do."""
-    B, T, _ = hidden_BTD.shape
-    bytes_of_one = B * layer_plan.mlp_width * hidden_BTD.dtype.size
-    piece = max(_LEAST_POSITIONS, _PIECE_BYTES // bytes_of_one // 64 * 64)
-    return piece if piece < T else None

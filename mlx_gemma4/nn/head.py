@@ -22,16 +22,9 @@ import mlx.nn as nn
 from ..model.names import flat, lm_head, text_model
 from ..model.plan import Plan
 from .batch import Batch, StepOptions
+from .budgets import Budgets
 from .forward import Model, forward
 from .remat import in_pieces, with_parameters
-
-_CHUNK_BYTES = 8 * 2**20
-"""Logits that a chunk may have; 64 targets and up, so that its products still fill a GPU."""
-
-_LEAST_TARGETS = 64
-
-_SLAB_TARGETS, _LEAST_SLAB = 16, 256
-"""A slab has as many logits as so many targets with all of the vocabulary; so many rows and up."""
 
 _SAFE_EXPONENT = 30.0
 """exp of it and of its negative, times a hidden state and summed over any vocabulary, are far from
@@ -48,14 +41,30 @@ def batch_log_probs(
         options: how the pass is computed.
         gradient: whether they will be differentiated; without, half of the head's work is saved.
     """
-    hidden_RD = forward(gemma, batch, options).flatten(0, 1)
-    if batch.positions_R is not None:
-        hidden_RD = hidden_RD[batch.positions_R]
-    return token_log_probs(gemma, hidden_RD, batch.targets_R, gradient=gradient)
+    hidden_BTD = forward(gemma, batch, options)
+    return target_log_probs(gemma, hidden_BTD, batch, options.budgets, gradient=gradient)
+
+
+def target_log_probs(
+    gemma: Model,
+    hidden_BTD: mx.array,
+    batch: Batch,
+    budgets: Budgets | None = None,
+    *,
+    gradient: bool = True,
+) -> mx.array:
+    """`batch_log_probs` of final hidden states (B, T, D)."""
+    hidden_RD = _of_targets(hidden_BTD, batch)
+    return token_log_probs(gemma, hidden_RD, batch.targets_R, budgets, gradient=gradient)
 
 
 def token_log_probs(
-    gemma: Model, hidden_RD: mx.array, targets_R: mx.array, *, gradient: bool = True
+    gemma: Model,
+    hidden_RD: mx.array,
+    targets_R: mx.array,
+    budgets: Budgets | None = None,
+    *,
+    gradient: bool = True,
 ) -> mx.array:
     """log p(target) of each hidden state, (R,) in float32.
 
@@ -63,11 +72,13 @@ def token_log_probs(
         gemma: a `Gemma4`, whose head may be tied or not, quantized, adapted or trained.
         hidden_RD: final hidden states, after the last norm.
         targets_R: the token to predict from each.
+        budgets: say how much of the head is read at a time; default: those of this device.
         gradient: as in `batch_log_probs`.
     """
-    module = _head_module(gemma)
+    module, budgets = _head_module(gemma), budgets or Budgets.here()
     if _has_slabs(module, gemma.plan, hidden_RD.dtype):
-        return _by_slabs(module, gemma.plan, hidden_RD, targets_R, gradient)
+        size = budgets.slab(gemma.plan.vocab_size, targets_R.size)
+        return _by_slabs(module, gemma.plan, hidden_RD, targets_R, size, gradient)
 
     def log_probs(hidden_CD: mx.array, targets_C: mx.array) -> mx.array:
         logits_CV = logits(gemma, hidden_CD)
@@ -77,8 +88,34 @@ def token_log_probs(
     # A chunk's logits are made again in the backward pass, where its share of the head's own
     # gradient is added up.
     parameters = module.trainable_parameters()
-    run = in_pieces(with_parameters(module, parameters, log_probs), _chunk_size(gemma.plan), axis=0)
+    size = budgets.chunk(gemma.plan.vocab_size)
+    run = in_pieces(with_parameters(module, parameters, log_probs), size, axis=0)
     return run(parameters, hidden_RD, targets_R)
+
+
+def batch_scores(
+    gemma: Model, batch: Batch, options: StepOptions = StepOptions()
+) -> tuple[mx.array, mx.array]:
+    """For a batch's targets (log p, whether it is the likeliest token), each (R,); no gradient."""
+    hidden_RD = _of_targets(forward(gemma, batch, options), batch)
+    size = options.budgets.chunk(gemma.plan.vocab_size)
+    parts: list[tuple[mx.array, mx.array]] = []
+    for start in range(0, batch.targets_R.size, size):
+        targets_C = batch.targets_R[start : start + size]
+        if parts:
+            (hidden_RD,) = mx.depends([hidden_RD], list(parts[-1]))  # one chunk is alive at a time
+        logits_CV = logits(gemma, hidden_RD[start : start + size])
+        picked_C = mx.take_along_axis(logits_CV, targets_C[:, None], axis=-1).squeeze(-1)
+        is_top_C = mx.argmax(logits_CV, axis=-1) == targets_C
+        parts.append((picked_C - mx.logsumexp(logits_CV, axis=-1), is_top_C))
+    log_probs, is_top = zip(*parts)
+    return mx.concatenate(list(log_probs)), mx.concatenate(list(is_top))
+
+
+def _of_targets(hidden_BTD: mx.array, batch: Batch) -> mx.array:
+    """The final hidden state (R, D) that each target is predicted from."""
+    hidden_RD = hidden_BTD.flatten(0, 1)
+    return hidden_RD if batch.positions_R is None else hidden_RD[batch.positions_R]
 
 
 def logits(gemma: Model, hidden: mx.array) -> mx.array:
@@ -92,16 +129,6 @@ def _head_module(gemma: Model) -> Any:
     return lm_head(gemma.backbone)
 
 
-def _chunk_size(plan: Plan) -> int:
-    """Targets of a chunk: a multiple of 64 whose logits stay within the budget."""
-    return max(_LEAST_TARGETS, _CHUNK_BYTES // (4 * plan.vocab_size) // 64 * 64)
-
-
-def _slab_size(plan: Plan, targets: int) -> int:
-    """Rows of the head in a slab, for so many targets: a multiple of 64."""
-    return max(_LEAST_SLAB, _SLAB_TARGETS * plan.vocab_size // targets // 64 * 64)
-
-
 def _has_slabs(module: nn.Module, plan: Plan, dtype: mx.Dtype) -> bool:
     """Whether the head is frozen and plain, and exponentials of its logits fit in `dtype`."""
     kinds = (nn.Embedding, nn.Linear, nn.QuantizedEmbedding, nn.QuantizedLinear)
@@ -111,12 +138,20 @@ def _has_slabs(module: nn.Module, plan: Plan, dtype: mx.Dtype) -> bool:
 
 
 def _by_slabs(
-    module: nn.Module, plan: Plan, hidden_RD: mx.array, targets_R: mx.array, gradient: bool
+    module: nn.Module,
+    plan: Plan,
+    hidden_RD: mx.array,
+    targets_R: mx.array,
+    size: int,
+    gradient: bool,
 ) -> mx.array:
-    """Log-probabilities, and their gradient if it is asked for, in one pass over a frozen head."""
+    """Log-probabilities, and their gradient if it is asked for, in one pass over a frozen head.
+
+    Args:
+        size: rows of the head in a slab.
+    """
     assert plan.softcap is not None
     softcap, inverse_cap = mx.array(plan.softcap), mx.array(1 / plan.softcap)
-    size = _slab_size(plan, targets_R.size)
     targets_R1 = targets_R[:, None]
 
     @mx.custom_function

@@ -1,14 +1,60 @@
 """Gemma 4's attention masks in training: causal, window, packed sequences, images.
 
-Shapes: B rows, T tokens, C queries of a block, S keys of a block.
+Shapes: B rows, T tokens, g blocks of a tile, C queries of a block, S keys of a block.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import mlx.core as mx
+
+
+class Tile(NamedTuple):
+    """Blocks of queries, one after the other, and the keys that each may attend to.
+
+    Attributes:
+        first: the first query of the first block.
+        blocks: how many.
+        queries: of each block.
+        first_key: of the first block; the next block's keys begin `queries` later.
+        keys: of each block.
+    """
+
+    first: int
+    blocks: int
+    queries: int
+    first_key: int
+    keys: int
+
+    @property
+    def end(self) -> int:
+        """After the last query."""
+        return self.first + self.blocks * self.queries
+
+    @property
+    def reach(self) -> int:
+        """Keys from the first of a block to its last query."""
+        return self.first + self.queries - self.first_key
+
+    def of_queries(self, x: mx.array, axis: int) -> mx.array:
+        """An axis of positions -> (g, C)."""
+        part = x[(slice(None),) * axis + (slice(self.first, self.end),)]
+        return mx.unflatten(part, axis, (self.blocks, self.queries))
+
+    def of_keys(self, x: mx.array, axis: int) -> mx.array:
+        """An axis of positions -> (g, S), in which blocks share keys."""
+        if self.blocks == 1:
+            part = slice(self.first_key, self.first_key + self.keys)
+            return mx.expand_dims(x[(slice(None),) * axis + (part,)], axis)
+        steps = [math.prod(x.shape[i + 1 :]) for i in range(x.ndim)]
+        step = steps[axis]
+        shape = [*x.shape[:axis], self.blocks, self.keys, *x.shape[axis + 1 :]]
+        strides = [*steps[:axis], self.queries * step, *steps[axis:]]
+        return mx.as_strided(x, shape, strides, self.first_key * step)
 
 
 @dataclass(frozen=True)
@@ -27,6 +73,7 @@ class AttentionMask:
         images_BT: image number of every position, -1 for text; None is text only.
         largest_image: no image has more positions than this; None is T.
         window_limits_images: whether the window holds within an image too.
+        positions_T: 0, 1, ..., which is made once for all parts.
     """
 
     length: int
@@ -36,6 +83,10 @@ class AttentionMask:
     images_BT: mx.array | None = None
     largest_image: int | None = None
     window_limits_images: bool = False
+    positions_T: mx.array = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "positions_T", mx.arange(self.length))
 
     @property
     def reach(self) -> int:
@@ -57,23 +108,21 @@ class AttentionMask:
             return 1
         return self.length if self.largest_image is None else self.largest_image
 
-    def block(self, first_query: int, end: int, first_key: int, end_key: int) -> mx.array:
-        """The mask of queries [first_query, end) and keys [first_key, end_key).
-
-        Returns:
-            Booleans, (C, S), or (B, 1, 1, C, S) for packed rows and images.
+    def tile(self, tile: Tile) -> mx.array:
+        """The mask of a tile: booleans, (g, 1, C, S), or (B, 1, g, 1, C, S) for packed rows and
+        images.
         """
 
         def same(groups_BT: mx.array) -> tuple[mx.array, mx.array]:
-            mine = groups_BT[:, None, None, first_query:end, None]
-            theirs = groups_BT[:, None, None, None, first_key:end_key]
+            mine = tile.of_queries(groups_BT, 1)[:, None, :, None, :, None]
+            theirs = tile.of_keys(groups_BT, 1)[:, None, :, None, None]
             return mine == theirs, mine
 
-        i = mx.arange(first_query, end)[:, None]
-        j = mx.arange(first_key, end_key)[None]
+        i = tile.of_queries(self.positions_T, 0)[:, None, :, None]
+        j = tile.of_keys(self.positions_T, 0)[:, None, None]
         allowed = j <= i
         within = None
-        if self.window is not None and end - first_key > self.window:
+        if self.window is not None and tile.reach > self.window:
             within = i - j < self.window
         if within is not None and not self.window_limits_images:
             allowed = allowed & within
@@ -87,14 +136,31 @@ class AttentionMask:
         return allowed
 
     def whole(self) -> mx.array | str:
-        """The whole mask, (T, T) or (B, 1, T, T); "causal" where that says it all."""
+        """The whole mask, (1, T, T) or (B, 1, T, T); "causal" where that says it all."""
+        if self.is_causal:
+            return "causal"
         T = self.length
-        if self.segments_BT is not None or self.images_BT is not None:
-            return self.block(0, T, 0, T).squeeze(2)
-        return self.block(0, T, 0, T) if self.reach < T else "causal"
+        return self.tile(Tile(0, 1, T, 0, T)).squeeze((-4, -3))
 
-    def blocks(self, queries: int) -> Iterator[tuple[int, int, int, int]]:
-        """(first query, end, first key, end of keys) of each block of at most `queries` queries."""
-        for first in range(0, self.length, queries):
-            end = min(self.length, first + queries)
-            yield first, end, max(0, first + 1 - self.reach), min(self.length, end + self.ahead)
+    @property
+    def is_causal(self) -> bool:
+        """Whether a query attends to all keys up to itself, and to no other."""
+        return self.segments_BT is None and self.images_BT is None and self.reach == self.length
+
+    def tiles(self, queries: int, together: int = 1) -> Iterator[Tile]:
+        """All queries in blocks of at most `queries`; `together` blocks or fewer that reach keys
+        in the same way are one tile.
+        """
+        T = self.length
+        behind, ahead = -(-(self.reach - 1) // queries), -(-self.ahead // queries)
+        alike = range(behind, T // queries - ahead) if together > 1 else range(0)
+        block = 0
+        while (first := block * queries) < T:
+            if block in alike:
+                before, keys = (block - behind) * queries, (behind + 1 + ahead) * queries
+                tile = Tile(first, min(together, alike.stop - block), queries, before, keys)
+            else:
+                end, before = min(T, first + queries), max(0, first + 1 - self.reach)
+                tile = Tile(first, 1, end - first, before, min(T, end + self.ahead) - before)
+            yield tile
+            block += tile.blocks

@@ -161,7 +161,8 @@ def with_media(backbone: Any, media: Media, hidden_BTD: mx.array, **options: Any
     """The embeddings of a batch, with those of its media in their places.
 
     Args:
-        options: remat, method and key, as `StepOptions` says of the text's layers.
+        options: remat and key, as `StepOptions` says of the text's layers; `attend`, which takes
+            queries, keys, values and a mask.
     """
     if media.places_BT is None:
         raise ValueError("the media of this batch have no places: batch.with_ple_rows(gemma)")
@@ -173,13 +174,13 @@ def _encoded(
     backbone: Any,
     media: Media,
     remat: bool = False,
-    method: str = "auto",
+    attend: Callable[..., mx.array] = attention,
     key: mx.array | None = None,
 ) -> list[mx.array]:
     """The soft tokens of images, videos and audio, (slots, D) each, padding among them."""
     if media.embeddings_KD is not None:
         return [media.embeddings_KD]
-    images = partial(_image_features, method=method)
+    images = partial(_image_features, attend=attend)
     kinds: list[tuple[Callable[..., mx.array], str, mx.array | None, mx.array | None]] = [
         (images, "embed_vision", media.pixel_values, media.image_position_ids),
         (images, "embed_vision", media.pixel_values_videos, media.video_position_ids),
@@ -235,7 +236,11 @@ def _through(
 
 
 def _image_features(
-    backbone: Any, pixels_ISC: mx.array, at_IS2: mx.array, run: Callable[..., mx.array], method: str
+    backbone: Any,
+    pixels_ISC: mx.array,
+    at_IS2: mx.array,
+    run: Callable[..., mx.array],
+    attend: Callable[..., mx.array],
 ) -> mx.array:
     """(I, slots, E): the features of each square of patches, in reading order."""
     if not hasattr(backbone, "vision_tower"):  # the unified member has no encoder
@@ -263,7 +268,7 @@ def _image_features(
             segments_BT=padding_IS.astype(mx.int32),
             images_BT=mx.zeros(padding_IS.shape, mx.int32),
         ),
-        method=method,
+        attend=attend,
     )
     hidden_ISE = run(encoder.encoder.layers, layer, hidden_ISE)
 
@@ -282,7 +287,7 @@ def _image_layer(
     eps: float,
     turns: tuple[mx.array, mx.array],
     mask: AttentionMask,
-    method: str,
+    attend: Callable[..., mx.array],
 ) -> mx.array:
     attn = layer.self_attn
     normed = layer.input_layernorm(hidden_ISE)
@@ -295,7 +300,7 @@ def _image_layer(
     keys = _turned(heads(attn.k_proj, attn.k_norm.weight), turns)
     values = heads(attn.v_proj, None)
     queries, keys, values = (x.transpose(0, 2, 1, 3) for x in (queries, keys, values))
-    mixed = attention(queries, keys, values, mask, method)
+    mixed = attend(queries, keys, values, mask)
     mixed = attn.o_proj(mixed.transpose(0, 2, 1, 3).flatten(-2))
     hidden_ISE = hidden_ISE + layer.post_attention_layernorm(mixed)
     update = layer.mlp(layer.pre_feedforward_layernorm(hidden_ISE))

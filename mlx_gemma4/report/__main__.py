@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..config import Part, ReportConfig, RunConfig, build, read_arguments, read_yaml
+from ..config import Part, ReportConfig, RunConfig, build, read_arguments
 from ..errors import ConfigError, run_command
 from ..storage import write_text
-from ..train.folder import CONFIG, is_run
-from ..train.run import Run
-from .page import Story, page
+from ..train.folder import is_run
+from ..train.run import story_of
+from .page import page
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     given, run = build([ReportConfig, RunConfig], values, "the flags")
     folders = [Path(name).expanduser() for name in given.runs or ()]
-    stories = [_story(folder) for folder in folders if folder.is_dir() and is_run(folder)]
+    stories = [story_of(folder) for folder in folders if folder.is_dir() and is_run(folder)]
     if not stories:
         found = f"{', '.join(map(str, folders))}: no run"
         raise ConfigError(found, wanted="output folders of runs", do="check the paths")
@@ -43,15 +43,6 @@ def main(arguments: list[str] | None = None) -> None:
         found = f"cannot write {output}: {error}"
         raise ConfigError(found, wanted="a file to write", do="change --output") from None
     print(f"report: {output}")
-
-
-def _story(folder: Path) -> Story:
-    run, path = Run.open(folder), folder / CONFIG
-    state = "finished" if run.summary else "running"
-    if run.stopped:
-        state = f"stopped: {run.stopped}"
-    settings = read_yaml(path) if path.exists() else {}
-    return Story(str(folder), settings, run.history, f"{state}, step {run.step}")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ _CHARTS = {
     "peak_memory_gb": "Peak memory, GB",
 }
 _COLOURS = 8
-_NOTES = 30
+_NOTES, _ANSWERS = 30, 10
 
 _STYLE = (
     """
@@ -78,12 +78,14 @@ class Story:
         name: its folder.
         history: the reports of metrics.jsonl.
         state: where it stands, for people.
+        evaluation: evaluation.json of `python -m mlx_gemma4.eval`, if there is one.
     """
 
     name: str
     settings: Mapping[str, Any]
     history: Sequence[Mapping[str, Any]]
     state: str
+    evaluation: Mapping[str, Any] | None = None
 
 
 def page(stories: Sequence[Story], examples: Iterable[Shown] = (), *, live: bool = False) -> str:
@@ -100,7 +102,7 @@ def page(stories: Sequence[Story], examples: Iterable[Shown] = (), *, live: bool
     if one:
         about = f"{one.settings.get('model')}, trained on {one.settings.get('data')}"
         parts.insert(0, f'<p>{safe_html(one.state)}</p><p class="soft">{safe_html(about)}</p>')
-        parts += [_notes(one), _samples(one), _examples(examples), _loading(one)]
+        parts += [_notes(one), _evaluation(one), _samples(one), _examples(examples), _loading(one)]
         rows = [[key, one.settings[key]] for key in sorted(one.settings)]
         parts.append(f"<h2>Settings</h2><details><summary>all</summary>{_table(rows)}</details>")
     else:
@@ -182,6 +184,40 @@ def _compared(stories: Sequence[Story]) -> list[list[Any]]:
 def _notes(story: Story) -> str:
     notes = [(f"step {m['step']}", note) for m in story.history for note in m.get("notes", ())]
     return f"<h2>What stood out</h2>{_table(notes[-_NOTES:])}" if notes else ""
+
+
+def evaluation_rows(told: Mapping[str, Any]) -> list[list[str]]:
+    """What evaluation.json says as a table, its head first; intervals are of 95%."""
+    figures, differences, tasks = told["figures"], told["differences"], told["tasks"]
+    rows = [["", "base", "adapter", "difference"][: 4 if len(figures or tasks) > 1 else 2]]
+    for name in figures[0] if figures else ():
+        row = [name, *(f"{found[name]:.4g}" for found in figures)]
+        if name in differences:
+            row.append("{:+.4g} ({:+.4g} to {:+.4g})".format(*differences[name]))
+        rows.append(row)
+    for task, metrics in tasks[0].items() if tasks else ():
+        for metric in metrics:
+            pairs = [found[task][metric] for found in tasks]
+            said = [f"{v:.4g}" + (f" ± {e:.2g}" if e is not None else "") for v, e in pairs]
+            rows.append([f"{task}: {metric}", *said])
+    return rows
+
+
+def _evaluation(story: Story) -> str:
+    told = story.evaluation
+    if not told:
+        return ""
+    rows = evaluation_rows(told)
+    about = f"{told['adapter']} on {told['model']}"
+    parts = [f'<p class="soft">{safe_html(about)}</p>']
+    if told["data"]:
+        parts.append(f'<p class="soft">{safe_html(told["data"])}; intervals are of 95%</p>')
+    parts.append(_table(rows))
+    for said in list(zip(*told["answers"]))[:_ANSWERS]:
+        answers = [("reference", said[0]["reference"])]
+        answers += [(name, one["answer"]) for name, one in zip(rows[0][1:], said)]
+        parts.append(f"<h3>{safe_html(said[0]['prompt'])}</h3>{_table(answers)}")
+    return f"<h2>Evaluation</h2>{''.join(parts)}"
 
 
 def _samples(story: Story) -> str:

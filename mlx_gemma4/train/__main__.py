@@ -8,8 +8,10 @@ the Python standard library: nothing is downloaded.
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,8 +47,14 @@ def main(arguments: list[str] | None = None) -> None:
 
     from ..export.fuse import with_quantized_model
     from .folder import claim
+    from .parallel import Ranks
     from .run import Run
 
+    ranks = Ranks.join()
+    if not ranks.is_first:
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+            _train(None, with_quantized_model(settings), data_config, config, lora, of_lora)
+        return
     with claim(settings.output, settings.resume or False) as folder:
         settings = with_quantized_model(settings)
         own = config.fine_tune_type == "lora" and settings.init_from is None
@@ -68,17 +76,19 @@ _NO_MODEL = (
 
 
 def _train(
-    folder: RunFolder,
+    folder: RunFolder | None,
     settings: RunConfig,
     data_config: DataConfig,
     config: TrainConfig,
     lora: LoraConfig,
     of_lora: Sequence[str],
 ) -> None:
-    """Load, read, train and tell, in a folder that is claimed; `of_lora` are the keys given."""
+    """Load, read, train and tell, in a folder that is claimed; `of_lora` are the keys given.
+
+    Ranks but the first have no folder.
+    """
     from ..data.dataset import read
     from ..gemma import load
-    from ..memory.choose import fit_settings
     from .evaluate import read_prompts
     from .finetune import finetune
     from .loggers import make_loggers
@@ -88,7 +98,7 @@ def _train(
     if config.sample_prompts:
         read_prompts(config.sample_prompts)
     model, data_folder = settings.model, settings.data
-    task = _task(settings, folder.resumed)
+    task = _task(settings, folder is None or folder.resumed)
     if task:
         model, data_folder = task.model, data_folder or task.data
     loaded = partial(load, str(model), settings.init_from, quantize=settings.quantize)
@@ -100,21 +110,18 @@ def _train(
     if config.verbose:
         print(f"  shared K/V: {gemma.loaded.verdict}")
     if settings.fit:
-        data_config, config = fit_settings(
-            gemma.loaded.config, settings.fit, data_config, config, lora
-        )
-        chosen = f"--max-seq-length {data_config.max_seq_length} --batch-size {config.batch_size}"
-        accumulated = f"--grad-accumulation-steps {config.grad_accumulation_steps}"
-        print(f"--fit {settings.fit} chooses {chosen} {accumulated}", flush=True)
+        data_config, config = _fitted(settings.fit, gemma.loaded.config, data_config, config, lora)
     data = read(data_folder, gemma, data_config)
     print(data)
     if data.has_media:
         del gemma
         gemma = loaded(encoders=True)
         print("the rows have images or audio: loaded with the encoders")
-    before = task.ask(gemma) if task else None
+    before = task.ask(gemma) if task and folder else None
     given = lora if config.fine_tune_type == "lora" and settings.init_from is None else None
     run = finetune(gemma, data, config, lora=given, output=folder)
+    if folder is None:
+        return
     if task:
         print(f"asked:  {task.prompt}")
         print(f"before: {before!r}")
@@ -135,6 +142,18 @@ def _task(settings: RunConfig, resumed: bool) -> Task | None:
     if not resumed:
         print(_NO_MODEL, flush=True)
     return embedded.task()
+
+
+def _fitted(
+    memory: str, model: Mapping[str, Any], data: DataConfig, train: TrainConfig, lora: LoraConfig
+) -> tuple[DataConfig, TrainConfig]:
+    from ..memory.choose import fit_settings
+
+    data, train = fit_settings(model, memory, data, train, lora)
+    chosen = f"--max-seq-length {data.max_seq_length} --batch-size {train.batch_size}"
+    accumulated = f"--grad-accumulation-steps {train.grad_accumulation_steps}"
+    print(f"--fit {memory} chooses {chosen} {accumulated}", flush=True)
+    return data, train
 
 
 def _require_no_other(
@@ -185,7 +204,11 @@ def _settings(arguments: list[str] | None) -> tuple[Any, ...]:
         merge=_over,
     )
     if values.get("resume"):
-        values = _resumed(values)
+        from .parallel import Ranks
+
+        ranks = Ranks.join()  # the first of which has the folder
+        with ranks.together():
+            values = ranks.told(_resumed(values) if ranks.is_first else None)
     of_lora = sorted(values.keys() & flatten(LoraConfig()).keys())
     if values.get("fine_tune_type") == "full" and of_lora:
         raise ConfigError(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.optimizers as optim
@@ -17,11 +18,12 @@ from ..data.batch.order import BatchOrder
 from ..data.example import Example
 from ..errors import TrainingError
 from ..gemma import Gemma4
-from ..memory.choose import machine_memory, parse_memory, step_settings
+from ..memory.choose import parse_memory, step_settings
 from ..memory.estimate import Estimate, StepSettings
 from ..memory.measure import MARGIN, RunStep, plan_memory
 from ..model.names import text_model
 from ..nn.batch import Batch, StepOptions
+from ..nn.budgets import machine_memory
 from ..objectives import Objective
 from ..storage import size
 from .step import CompiledStep
@@ -37,8 +39,13 @@ def run_memory(
     order: BatchOrder,
     optimizer: optim.Optimizer,
     objective: Objective,
+    options: StepOptions = StepOptions(),
 ) -> tuple[int, Estimate, str]:
-    """Rematerialised layers, what the run's largest step takes with them, and a note on it."""
+    """Rematerialised layers, what the run's largest step takes with them, and a note on it.
+
+    Args:
+        options: of the run's steps, but for rematerialised layers.
+    """
     rows, length, longest = order.largest_batch()
     # Of the first examples, where all would have to be made to know.
     some = [examples[i] for i in range(min(1000, len(examples)))]
@@ -57,22 +64,28 @@ def run_memory(
         rematerialize=str(config.rematerialize),
         memory=parse_memory(config.memory) if config.memory else machine_memory(),
         resident=mx.get_active_memory(),
-        run_step=trial_step(gemma, optimizer, objective, settings, config.max_grad_norm),
+        run_step=trial_step(gemma, optimizer, objective, settings, options, config.max_grad_norm),
     )
 
 
 @contextmanager
 def within_memory(
-    config: TrainConfig, length: int, layers: int, of_layers: int, forecast: Estimate
+    config: TrainConfig,
+    length: int,
+    layers: int,
+    of_layers: int,
+    forecast: Estimate,
+    newest: Callable[[], Path | None] = lambda: None,
 ) -> Iterator[None]:
     """A run's limits of MLX's cache and of wired memory, put back afterwards.
 
-    Where the device runs out of memory, an error says what to change, and to what.
+    Where the device runs out of memory, or macOS ends its work, an error says what to change.
 
     Args:
         length: max_seq_length.
         layers, of_layers: how many are rematerialised, of how many.
         forecast: of the largest step.
+        newest: gives the newest checkpoint.
     """
     cache_limit = mx.set_cache_limit(forecast.step // 2)
     # Metal keeps wired what is in use, as it does for mlx-lm.
@@ -80,6 +93,8 @@ def within_memory(
     try:
         yield
     except (RuntimeError, MemoryError) as error:
+        if re.search("Impacting ?Interactivity", str(error), re.IGNORECASE):
+            raise _ended_by_macos(error, newest()) from None
         if not re.search("memory|alloc", str(error) + repr(error), re.IGNORECASE):
             raise
         used = max(mx.get_peak_memory() - forecast.resident, forecast.step)
@@ -109,11 +124,23 @@ def within_memory(
             mx.set_wired_limit(wired)
 
 
+def _ended_by_macos(error: Exception, checkpoint: Path | None) -> TrainingError:
+    """Of macOS 26, which ends long work of the GPU while a display is on."""
+    kept = f"; {checkpoint} is kept" if checkpoint else ""
+    return TrainingError(
+        f"macOS ended the GPU's work, to keep the display responsive ({error}){kept}",
+        wanted="a display that is off, or work without that limit of time",
+        do="turn the display off, or set AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1 in the environment; then "
+        + ("resume" if checkpoint else "run it again"),
+    )
+
+
 def trial_step(
     gemma: Gemma4,
     optimizer: optim.Optimizer,
     objective: Objective,
     settings: StepSettings,
+    options: StepOptions = StepOptions(),
     max_grad_norm: float | None = None,
 ) -> RunStep:
     """A function of (positions of a row, rematerialised layers): bytes that such a step takes.
@@ -123,12 +150,13 @@ def trial_step(
 
     Args:
         settings: of the run's largest step, but for those two.
+        options: of the run's steps, but for rematerialised layers.
     """
 
     def run(length: int, remat_layers: int) -> int:
         batch = _random_batch(gemma, replace(settings, length=length))
-        options = StepOptions(remat_layers, settings.attention)
-        step = CompiledStep(gemma, optimizer, objective, options, max_grad_norm)
+        own = replace(options, remat_layers=remat_layers)
+        step = CompiledStep(gemma, optimizer, objective, own, max_grad_norm)
         backbone = gemma.backbone
         parameters, state = backbone.trainable_parameters(), optimizer.state
         training = backbone.training

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Mapping
@@ -14,11 +15,15 @@ from ..lora.attach import adapted_modules
 from ..model.names import flat
 from .run import Callback, Run
 
+_KEPT = 0.9
+"""Of the smoothed loss, what a step leaves."""
+
 
 class Console(Callback):
-    """Prints a line a report, wherever it goes; a terminal has a bar below them."""
+    """Prints a line a report, wherever it goes; a terminal has a bar with a smoothed loss."""
 
     _bar: tqdm
+    _loss: float | None = None
 
     def start(self, run: Run, step: int, total: int) -> None:
         super().start(run, step, total)
@@ -29,7 +34,9 @@ class Console(Callback):
         )
 
     def advance(self, step: int, loss: float) -> None:
-        self._bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+        if math.isfinite(loss):
+            self._loss = loss if self._loss is None else _KEPT * self._loss + (1 - _KEPT) * loss
+            self._bar.set_postfix_str(f"loss {self._loss:.3f}", refresh=False)
         self._bar.update()
 
     def report(self, metrics: Mapping[str, Any]) -> None:

@@ -18,6 +18,7 @@ from ..nn.head import batch_log_probs
 from ..objectives import Objective
 from ..objectives.sft import sft
 from ..storage import parse_json
+from .parallel import Ranks
 from .prefetch import prepared
 from .soft_tokens import SoftTokens
 
@@ -31,6 +32,7 @@ def evaluate(
     config: TrainConfig = TrainConfig(),
     objective: Objective = sft,
     stopped: Callable[[], bool] = lambda: False,
+    ranks: Ranks = Ranks(),
     soft: SoftTokens | None = None,
 ) -> float | None:
     """The objective's loss over its count: with `sft`, nats per target token.
@@ -39,22 +41,27 @@ def evaluate(
         examples: all are read, or those of the first `val_batches` batches.
         data: gives the length of packed rows.
         config: gives the batch size, and whether rows are packed.
-        stopped: asked before every batch; the loss is None once it says so.
+        stopped: asked before every batch; the loss is None once it says so, on any rank.
+        ranks: among which the batches are dealt.
         soft: gives soft tokens of media, instead of the encoders.
     """
     gemma.backbone.eval()
     order = BatchOrder.of(examples, data.max_seq_length, config.batch_size, config.packing)
-    batches = ((None, [rows]) for rows in order.in_file_order()[: config.val_batches])
+    dealt = order.in_file_order()[: config.val_batches][ranks.rank :: ranks.size]
+    batches = ((None, [rows]) for rows in dealt)
     options = StepOptions(attention=config.attention)
     loss, count = mx.zeros(()), mx.zeros(())
-    for _, (batch,) in prepared(gemma, examples, batches, soft):
+    for _, (batch,) in prepared(gemma, examples, batches, soft=soft):
         if stopped():
-            return None
+            break
         sums = objective(batch_log_probs(gemma, batch, options, gradient=False), batch)
         # The graph of a batch is built while the one before it is computed.
         mx.eval(loss, count)
         loss, count = loss + sums.loss, count + sums.count
         mx.async_eval(loss, count)
+    if any(ranks.any(stopped())):
+        return None
+    loss, count = ranks.total([loss, count])
     return float(loss) / float(count)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,9 @@ from ..data.inspect import Shown
 from ..errors import DataError, TrainingError
 from ..gemma import Gemma4
 from ..lora.attach import adapted_modules, router_risk
-from ..model.names import flat
+from ..model.names import flat, text_model
 from ..nn.batch import StepOptions
+from ..nn.fused import fused_head_dims
 from ..objectives import Objective
 from ..objectives.sft import sft
 from ..storage import write_json
@@ -35,6 +37,7 @@ from .folder import METRICS, REPORT, SUMMARY, RunFolder, claim
 from .interrupt import interruptible
 from .loggers import make_loggers
 from .optim import make_optimizer
+from .parallel import Ranks
 from .prefetch import Progress, training_steps
 from .run import Callback, MetricsFile, ReportPage, Run, read_metrics
 from .soft_tokens import SoftTokens
@@ -46,6 +49,7 @@ _EXAMPLES, _LONG_EXAMPLE = 3, 4000
 _FREE_ON_RESUME = {
     *("learning_rate", "rematerialize", "memory", "attention"),
     *("report_every", "eval_every", "val_batches", "save_every", "keep_checkpoints", "verbose"),
+    "router_metrics",
     *("max_minutes", "patience", "on_nonfinite", "sample_prompts", "report_to"),
     *("model", "data"),  # by content: `weights` and `rows`
     "init_from",
@@ -64,7 +68,7 @@ def finetune(
     callbacks: Sequence[Callback] = (),
     console: bool = True,
 ) -> Run:
-    """Train a model on data.
+    """Train a model on data; of several ranks, rank 0 has output, callbacks and console.
 
     Args:
         lora: what is adapted; by default the LoRA that the model carries, or LoraConfig().
@@ -86,64 +90,87 @@ def finetune(
     if config.patience and not data.valid:
         do = "give a valid file, or valid_fraction"
         raise TrainingError("patience without validation data", wanted="some", do=do)
+    if config.balance is not None and gemma.plan.moe is None:
+        found = f"router_metrics or router_aux_loss_coef, and {gemma.name} has no routed experts"
+        raise TrainingError(found, wanted="a mixture of experts", do="leave them out")
     if wrong := [callback for callback in callbacks if not isinstance(callback, Callback)]:
         kind = "a subclass of mlx_gemma4.Callback"
         raise TrainingError(f"{wrong[0]!r} is no Callback", wanted=kind, do=f"make it {kind}")
+    ranks = Ranks.join()
+    if not ranks.is_first:
+        output, callbacks, console = None, (), False
     if output is not None and not isinstance(output, RunFolder):
         with claim(output, resume) as folder:
             return finetune(
                 gemma, data, config, lora=lora, objective=objective, output=folder,
                 callbacks=callbacks, console=console,
             )  # fmt: skip
-    _prepare(gemma, config, lora)
+    _prepare(gemma, config, lora, ranks)
     order = BatchOrder.of(
         data.train, data.config.max_seq_length, config.batch_size, config.packing, config.seed
     )
     total = _total_steps(order, config)
     optimizer = make_optimizer(config, total, gemma.backbone.trainable_parameters())
-    layers, memory, note = run_memory(gemma, data.train, config, order, optimizer, objective)
+    options, how = _options(gemma, config)
+    layers, memory, note = run_memory(
+        gemma, data.train, config, order, optimizer, objective, options
+    )
     parts = f"only these parts train: {', '.join(config.train_parts)}" if config.train_parts else ""
     soft = SoftTokens.of(gemma) if data.has_media else None
     kept = f"soft tokens of media are kept in {soft.folder}" if soft else ""
-    notes = [note, *filter(None, [parts, router_risk(gemma.backbone), *data.facts.prompts, kept])]
+    told = [how * config.verbose, parts, router_risk(gemma.backbone), *data.facts.prompts, kept]
+    notes = [note, *filter(None, told)]
     run = Run(gemma, notes, output=output.path if output else None)
     settings = flatten(config, data.config, *([gemma.lora] if gemma.lora else []))
     settings |= {"model": gemma.name, "data": data.source}
     settings |= {"quantize": gemma.quantize} if gemma.quantize else {}
     settings |= {"init_from": gemma.adapter} if gemma.adapter else {}
-    checkpoints, progress = _checkpoints(run, data, config, settings, optimizer, output)
+    fixed = _fixed(gemma, data, config, settings) if output or ranks.size > 1 else {}
+    with ranks.together():
+        ranks.require_same(fixed)
+        checkpoints, progress = _checkpoints(run, config, settings, fixed, optimizer, output)
+        progress = _share_state(ranks, run, optimizer, progress)
     if progress.step >= total:
         run.notes.append(f"all {total} steps are done: more iters or epochs go on")
-    listeners = [Console()] * console + [*callbacks, *make_loggers(config.report_to, settings)]
+    listeners = [Console()] * console + [*callbacks]
+    if ranks.is_first:
+        listeners += make_loggers(config.report_to, settings)
     if output:
         (output.path / SUMMARY).unlink(missing_ok=True)  # of an earlier end
         listeners.append(MetricsFile(output.path / METRICS))
         listeners.append(ReportPage(output.path / REPORT, settings, _some(data)))
-    prompts = read_prompts(config.sample_prompts) if config.sample_prompts else []
-    measure = partial(
-        evaluate, gemma, data=data.config, config=config, objective=objective, soft=soft
-    )
-    validate = partial(measure, data.valid, stopped=lambda: run.interrupted)
+    of_all = config.sample_prompts if ranks.is_first else None
+    prompts = read_prompts(of_all) if of_all else []
+
+    def mean_loss(examples: Sequence[Example]) -> float | None:
+        return evaluate(
+            gemma, examples, data.config, config, objective, lambda: run.interrupted, ranks, soft
+        )
+
     trainer = Trainer(
         gemma,
         training_steps(
-            gemma, data.train, order, progress, total, config.grad_accumulation_steps, soft
+            gemma, data.train, order, progress, total, config.grad_accumulation_steps, ranks, soft
         ),
         optimizer,
         objective,
         callbacks=listeners,
-        validate=validate if data.valid else None,
+        validate=partial(mean_loss, data.valid) if data.valid else None,
         sample=partial(answers, gemma, prompts) if prompts else None,
         checkpoints=checkpoints,
-        options=StepOptions(layers, config.attention),
+        options=replace(options, remat_layers=layers),
         config=config,
         run=run,
+        ranks=ranks,
     )
     resident, started = mx.get_active_memory(), time.perf_counter()
     length, of_layers = data.config.max_seq_length, len(gemma.plan.layers)
-    with within_memory(config, length, layers, of_layers, memory), interruptible(run):
-        trainer.train(total)
-    run.summary = _summary(run, data, measure) | {
+    newest = checkpoints.newest if checkpoints else lambda: None
+    with within_memory(config, length, layers, of_layers, memory, newest), ranks.together():
+        with interruptible(run):
+            trainer.train(total)
+        test = mean_loss(data.test) if data.test else None
+    run.summary = _summary(run, data, test) | {
         "seconds": time.perf_counter() - started,
         "resident_before_gb": resident / 1e9,
         "compilations": trainer.step.compilations,
@@ -158,29 +185,57 @@ def finetune(
     return run
 
 
+def _options(gemma: Gemma4, config: TrainConfig) -> tuple[StepOptions, str]:
+    """How the steps of a run are computed here, and what to say of it."""
+    dtype = text_model(gemma.backbone).norm.weight.dtype
+    head_dims = {layer.head_dim for layer in gemma.plan.layers}
+    fused, how = fused_head_dims(head_dims, dtype, config.attention)
+    return StepOptions(attention=config.attention, fused=fused, balance=config.balance), how
+
+
+def _fixed(
+    gemma: Gemma4, data: Dataset, config: TrainConfig, settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What a run that resumes, and every rank, shares: settings, rows and base weights."""
+    free = may_change(config)
+    fixed = {key: value for key, value in settings.items() if key not in free}
+    fixed |= {"rows": _digest(data.train), "valid": _digest(data.valid)}
+    return {**fixed, "weights": fingerprint(gemma)}
+
+
+def _share_state(
+    ranks: Ranks, run: Run, optimizer: optim.Optimizer, progress: Progress
+) -> Progress:
+    """Begin on every rank where rank 0 does, with its weights and optimizer state."""
+    backbone = run.gemma.backbone
+    progress = Progress(*ranks.told([progress.step, progress.next_batch]))
+    state = {"weights": backbone.trainable_parameters(), "optimizer": optimizer.state}
+    state = ranks.first(state)
+    backbone.update(state["weights"])
+    optimizer.state = state["optimizer"]
+    mx.eval(state)
+    run.step = progress.step
+    return progress
+
+
 def _checkpoints(
     run: Run,
-    data: Dataset,
     config: TrainConfig,
     settings: Mapping[str, Any],
+    fixed: Mapping[str, Any],
     optimizer: optim.Optimizer,
     folder: RunFolder | None,
 ) -> tuple[Checkpoints | None, Progress]:
     """Where the run saves, and where it begins: at the newest checkpoint, if there is one."""
     if folder is None:
         return None, Progress()
-    free = may_change(config)
-    fixed = {key: value for key, value in settings.items() if key not in free}
-    fixed |= {"rows": _digest(data.train), "valid": _digest(data.valid)}
-    fixed["weights"] = fingerprint(run.gemma)
     checkpoints = Checkpoints(folder.path, config.keep_checkpoints, fixed)
     progress, damage = checkpoints.restore(run.gemma, optimizer)
     run.notes += [*damage, checkpoints.note(run.gemma, optimizer)]
     if progress.step:
         run.notes.append(f"going on after step {progress.step}")
-        run.step = progress.step
         reports = read_metrics(folder.path / METRICS)
-        run.history = [report for report in reports if report["step"] <= run.step]
+        run.history = [report for report in reports if report["step"] <= progress.step]
     elif folder.resumed:
         run.notes.append("no checkpoint was saved yet: beginning at the first step")
     folder.note(settings)
@@ -207,8 +262,14 @@ def may_change(config: TrainConfig) -> set[str]:
     return _FREE_ON_RESUME | length
 
 
-def _prepare(gemma: Gemma4, config: TrainConfig, lora: LoraConfig | None) -> None:
+def _prepare(gemma: Gemma4, config: TrainConfig, lora: LoraConfig | None, ranks: Ranks) -> None:
     """Say what trains, with LoRA's random start from the run's seed."""
+    if config.batch_size < ranks.size:
+        raise TrainingError(
+            f"batch_size is {config.batch_size}, for {ranks.size} ranks",
+            wanted="a row of every batch for each rank",
+            do=f"set batch_size {ranks.size} or more",
+        )
     if config.fine_tune_type == "full":
         if gemma.lora is not None or lora is not None:
             found = "lora is given" if gemma.lora is None else "the model carries LoRA layers"
@@ -239,18 +300,13 @@ def _total_steps(order: BatchOrder, config: TrainConfig) -> int:
     return max(1, math.ceil(batches / config.grad_accumulation_steps))
 
 
-def _summary(
-    run: Run, data: Dataset, measure: Callable[[Sequence[Example]], float | None]
-) -> dict[str, Any]:
+def _summary(run: Run, data: Dataset, test: float | None) -> dict[str, Any]:
     trained, validated = (
         [report[key] for report in run.history if report[key] is not None]
         for key in ("loss", "val_loss")
     )
     trainable = flat(run.gemma.backbone.trainable_parameters())
     losses = {m["val_loss"]: m["step"] for m in run.history[::-1] if m["val_loss"] is not None}
-    test = None
-    if data.test and not run.interrupted:
-        test = measure(data.test)
     return {
         "model": run.gemma.name,
         "data": data.source,

@@ -20,7 +20,7 @@ from ..storage import write_text
 from .checkpoint import Checkpoints, writing
 
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
-REPORT = "report.html"
+REPORT, EVALUATION = "report.html", "evaluation.json"
 _LOCK = "lock"
 _FILES = ("model", "data", "init_from", "sample_prompts")
 
@@ -93,6 +93,12 @@ def claim(output: str | Path | None, resume: bool | str = False) -> Iterator[Run
 def is_run(path: Path) -> bool:
     """Whether a folder is that of a run, however far it came."""
     return (path / CONFIG).is_file() or Checkpoints(path, 1, {}).newest() is not None
+
+
+def run_of(adapter: str | Path) -> Path | None:
+    """The run that an adapter is of: its folder, adapter/ or one of its checkpoints is named."""
+    path = Path(adapter).expanduser()
+    return next((place for place in [path, *path.parents[:2]] if is_run(place)), None)
 
 
 def newest_run() -> Path | None:

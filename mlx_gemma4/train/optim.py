@@ -30,8 +30,9 @@ def make_optimizer(config: TrainConfig, total_steps: int, parameters: Any) -> op
     Weight decay leaves out vectors and scalars: norms, biases, DoRA's magnitudes. Muon is for
     matrices; embeddings, the head, stacked experts and vectors get AdamW beside it. LoRA+ (Hayou
     et al. 2024, arXiv:2402.12354) gives B and, as PEFT does, DoRA's magnitudes a rate that is
-    `lora_plus_ratio` times that of A; the optimizer's `learning_rate` is that of A. Weights
-    in half precision have float32 masters.
+    `lora_plus_ratio` times that of A; the optimizer's `learning_rate` is that of A. Token
+    embeddings have `embedding_learning_rate` where that is given. Weights in half precision have
+    float32 masters.
 
     Args:
         config: optimizer, learning rate and its schedule, weight decay.
@@ -46,7 +47,7 @@ def make_optimizer(config: TrainConfig, total_steps: int, parameters: Any) -> op
 
     group_of = partial(_group_of, config)
     found = {group_of(name, parameter) for name, parameter in flat(parameters).items()}
-    groups = sorted(found, key=lambda g: (g.ratio, g.method != config.optimizer, -g.decay))
+    groups = sorted(found, key=lambda g: (g.ratio != 1, g.method != config.optimizer, *g))
     optimizers = [make(group) for group in groups]
     filters = [lambda *named, own=group: group_of(*named) == own for group in groups[:-1]]
     optimizer = optim.MultiOptimizer(optimizers, filters) if filters else optimizers[0]
@@ -58,12 +59,13 @@ def make_optimizer(config: TrainConfig, total_steps: int, parameters: Any) -> op
 def _group_of(config: TrainConfig, name: str, parameter: Any) -> _Group:
     own = config.optimizer != "muon" or _is_hidden_matrix(name, parameter)
     decays = own and parameter.ndim >= 2
-    is_fast = name.endswith("lora_b") or parameter.ndim == 1
-    return _Group(
-        config.optimizer if own else "adamw",
-        config.weight_decay if decays else 0.0,
-        (config.lora_plus_ratio or 1.0) if is_fast else 1.0,
-    )
+    ratio = 1.0
+    if config.lora_plus_ratio and (name.endswith("lora_b") or parameter.ndim == 1):
+        ratio = config.lora_plus_ratio
+    if config.embedding_learning_rate is not None and "embed_tokens" in name:
+        ratio = config.embedding_learning_rate / config.learning_rate
+    method = config.optimizer if own else "adamw"
+    return _Group(method, config.weight_decay if decays else 0.0, ratio)
 
 
 def make_schedule(config: TrainConfig, total_steps: int) -> Schedule:

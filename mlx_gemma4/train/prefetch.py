@@ -12,11 +12,13 @@ import numpy as np
 
 from ..data.batch.collate import collate_alike
 from ..data.batch.order import BatchOrder, Rows
+from ..data.batch.shapes import NO_SHAPES, Shapes
 from ..data.example import Example, Examples
 from ..gemma import Gemma4
 from ..media.file import MediaFile
 from ..model.ple import GatheredRows
 from ..nn.batch import Batch
+from .parallel import Ranks
 from .soft_tokens import Found, SoftTokens
 
 Tag = TypeVar("Tag")
@@ -55,28 +57,42 @@ def training_steps(
     start: Progress,
     total: int,
     accumulation: int = 1,
+    ranks: Ranks = Ranks(),
     soft: SoftTokens | None = None,
 ) -> Iterator[Step]:
-    """The steps of a run after `start`, up to step `total`, with `accumulation` batches each."""
-    every = Examples.of(examples)
+    """The steps of a run after `start`, up to step `total`, with `accumulation` batches each.
 
-    def rows_of_steps() -> Iterator[tuple[tuple[np.ndarray, Progress], list[Rows]]]:
+    Of several ranks each has its rows of every batch; one without a row gets one that weighs
+    nothing. Tokens are counted of all, `examples` are those of this rank.
+    """
+    every = Examples.of(examples)
+    shapes = Shapes.of_run(order, every.targets)
+
+    def rows_of_steps() -> Iterator[tuple[tuple[int, list[Rows], Progress], list[Rows]]]:
         stream = order.batches(start.next_batch)
         for number in range(start.step + 1, total + 1):
             numbered = list(islice(stream, accumulation))
-            batches = [rows for _, rows in numbered]
-            chosen = np.array([i for rows in batches for row in rows for i in row])
-            yield (chosen, Progress(number, numbered[-1][0] + 1)), batches
+            tokens = int(every.lengths[_examples_of([rows for _, rows in numbered])].sum())
+            own = [ranks.share(rows) for _, rows in numbered]
+            taken = [mine or rows[:1] for mine, (_, rows) in zip(own, numbered)]
+            yield (tokens, own, Progress(number, numbered[-1][0] + 1)), taken
 
-    for (chosen, progress), batches in prepared(gemma, examples, rows_of_steps(), soft):
-        tokens = int(every.lengths[chosen].sum())
-        yield Step(batches, tokens, progress, Examples(every.stores, every.order[chosen]))
+    made = prepared(gemma, examples, rows_of_steps(), shapes, soft)
+    for (tokens, own, progress), batches in made:
+        batches = [batch if mine else batch.weighing_nothing() for batch, mine in zip(batches, own)]
+        chosen = every.order[_examples_of(own)]
+        yield Step(batches, tokens, progress, Examples(every.stores, chosen))
+
+
+def _examples_of(batches: Sequence[Rows]) -> np.ndarray:
+    return np.array([i for rows in batches for row in rows for i in row], np.int64)
 
 
 def prepared(
     gemma: Gemma4,
     examples: Sequence[Example],
     steps: Iterable[tuple[Tag, Sequence[Rows]]],
+    shapes: Shapes = NO_SHAPES,
     soft: SoftTokens | None = None,
 ) -> Iterator[tuple[Tag, list[Batch]]]:
     """The batches of each step, ready for the model; the next step's are built meanwhile.
@@ -84,6 +100,7 @@ def prepared(
     Args:
         examples: what the rows are indices of.
         steps: for each step anything, which is handed on, and the rows of its batches.
+        shapes: those that the batches of a run have.
         soft: gives soft tokens of media, instead of the encoders in the step.
     """
 
@@ -94,7 +111,8 @@ def prepared(
         chosen = [[[examples[i] for i in row] for row in rows] for rows in batches]
         flat = [[example for row in rows for example in row] for rows in chosen]
         found = soft.read(example for own in flat for example in own) if soft else {}
-        built = collate_alike(chosen, media=gemma.media, encoded=soft is not None)
+        encoded = soft is not None
+        built = collate_alike(chosen, media=gemma.media, encoded=encoded, shapes=shapes)
         tables = [
             source.gather(np.asarray(b.table_tokens(gemma.plan))) if source else None for b in built
         ]

@@ -23,9 +23,9 @@ from ..export import export
 from ..extras import import_extra
 from ..gemma import Gemma4, load
 from ..report.page import Story, page
-from ..storage import read_json, write_text
+from ..storage import read_json, write_json, write_text
 from .checkpoint import writing
-from .folder import CONFIG, METRICS, SUMMARY, is_run, is_running
+from .folder import CONFIG, EVALUATION, METRICS, REPORT, SUMMARY, is_run, is_running
 
 
 class Run:
@@ -200,6 +200,37 @@ class ReportPage(Callback):
         story = Story(str(self.run.output), self._settings, self.run.history, state)
         with suppress(OSError):
             write_text(self._path, page([story], self._examples, live=live))
+
+
+def story_of(folder: Path) -> Story:
+    """What a page tells of the run in a folder, finished or not."""
+    run, path = Run.open(folder), folder / CONFIG
+    state = "finished" if run.summary else "running"
+    if run.stopped:
+        state = f"stopped: {run.stopped}"
+    settings = read_yaml(path) if path.exists() else {}
+    told = f"{state}, step {run.step}"
+    return Story(str(folder), settings, run.history, told, _read_evaluation(folder))
+
+
+def keep_evaluation(folder: Path, told: Mapping[str, Any], examples: Sequence[Shown]) -> None:
+    """Write evaluation.json in a run's folder, and its page anew, with these examples.
+
+    The page of a run that goes on is left to the run.
+    """
+    with writing(folder / EVALUATION):
+        write_json(folder / EVALUATION, told)
+        if not is_running(folder):
+            write_text(folder / REPORT, page([story_of(folder)], examples))
+
+
+def _read_evaluation(folder: Path) -> Mapping[str, Any] | None:
+    """evaluation.json, if there is one that a page can show."""
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
+        told = read_json(folder / EVALUATION)
+        page([Story("", {}, [], "", told)])
+        return told
+    return None
 
 
 _KEYS = {"step", "loss", "val_loss"}

@@ -17,9 +17,12 @@ from ..gemma import Gemma4
 from ..memory.estimate import COMPILES
 from ..model.names import flat
 from ..nn.batch import Batch, StepOptions
-from ..nn.head import batch_log_probs
+from ..nn.forward import forward_routed
+from ..nn.head import target_log_probs
+from ..nn.routing import router_metrics
 from ..objectives import Objective, Sums
 from ..objectives.sft import sft
+from .parallel import Ranks
 
 
 def loss_and_grads(
@@ -50,7 +53,7 @@ def loss_and_grads(
         TrainingError: nothing is trainable.
     """
     layers = len(gemma.plan.layers) if rematerialize is True else int(rematerialize)
-    sums, grads = gradients(gemma, batch, objective, StepOptions(layers, attention, key))
+    sums, grads = gradients(gemma, batch, objective, StepOptions(layers, attention, key=key))
     return sums.loss, sums.count, grads
 
 
@@ -72,11 +75,22 @@ def gradients(
     batch = batch.with_ple_rows(gemma)
 
     def loss() -> tuple[Any, ...]:
-        return _fields(objective(batch_log_probs(gemma, batch, options), batch))
+        hidden_BTD, routed_L3E = forward_routed(gemma, batch, options)
+        sums = objective(target_log_probs(gemma, hidden_BTD, batch, options.budgets), batch)
+        if routed_L3E is not None and gemma.plan.moe:
+            sums = _with_routing(sums, router_metrics(routed_L3E, gemma.plan.moe.top_k), options)
+        return _fields(sums)
 
     sums, grads = nn.value_and_grad(gemma.backbone, loss)()
     gemma.backbone.update(parameters)
     return Sums(*sums), grads
+
+
+def _with_routing(sums: Sums, found: dict[str, mx.array], options: StepOptions) -> Sums:
+    """With the routers' metrics and loss, each as often as the count will divide it."""
+    found = {name: sums.count * value for name, value in found.items()}
+    loss = sums.loss + (options.balance or 0.0) * found["router_loss"]
+    return Sums(loss, sums.count, {**sums.metrics, **found})
 
 
 def _fields(sums: Sums) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
@@ -96,11 +110,13 @@ def train_step(
     objective: Objective = sft,
     options: StepOptions = StepOptions(),
     max_grad_norm: float | None = None,
+    ranks: Ranks = Ranks(),
 ) -> tuple[Sums, mx.array]:
-    """One optimizer step over the batches of an accumulation, as if they were one.
+    """One optimizer step over the batches of an accumulation and of all ranks, as if they were one.
 
     Args:
         max_grad_norm: larger gradients are scaled down to this global norm; None scales nothing.
+        ranks: which have other rows of the same batches.
 
     Returns:
         The sums of all batches together, and the norm of the mean gradient before it was scaled;
@@ -114,6 +130,8 @@ def train_step(
         sums, added = gradients(gemma, batch, objective, own)
         totals = Sums(*tree_map(mx.add, _fields(totals), _fields(sums)))
         grads = tree_map(mx.add, grads, added)
+    whole = ranks.total({"sums": _fields(totals), "grads": grads})
+    totals, grads = Sums(*whole["sums"]), whole["grads"]
     means = tree_map(lambda grad: grad / totals.count, grads)
     squares = [grad.astype(mx.float32).square().sum() for grad in flat(means).values()]
     norm = mx.sqrt(mx.stack(squares).sum())
@@ -130,8 +148,8 @@ class CompiledStep:
     Where the loss or the gradient is not finite, weights and optimizer state stay as they were.
 
     Args:
-        gemma, optimizer, objective, options, max_grad_norm: as in `train_step`; the key of the
-            options is given to each call instead.
+        gemma, optimizer, objective, options, max_grad_norm, ranks: as in `train_step`; the key of
+            the options is given to each call instead.
 
     Attributes:
         compilations: how often it was compiled.
@@ -144,12 +162,14 @@ class CompiledStep:
         objective: Objective = sft,
         options: StepOptions = StepOptions(),
         max_grad_norm: float | None = None,
+        ranks: Ranks = Ranks(),
     ):
         self._gemma, self._optimizer, self._options = gemma, optimizer, options
         self._plain = partial(
-            train_step, gemma, optimizer, objective=objective, max_grad_norm=max_grad_norm
-        )
-        self._compiled = mx.compile(self._pure) if COMPILES else self._pure
+            train_step, gemma, optimizer, objective=objective, max_grad_norm=max_grad_norm,
+            ranks=ranks,
+        )  # fmt: skip
+        self._compiled = mx.compile(self.pure) if COMPILES else self.pure
         self.compilations = 0
 
     def __call__(
@@ -168,7 +188,8 @@ class CompiledStep:
             optimizer.state = state
         return Sums(*sums), norm
 
-    def _pure(self, parameters: Any, state: Any, batches: Any, key: mx.array | None) -> Any:
+    def pure(self, parameters: Any, state: Any, batches: Any, key: mx.array | None) -> Any:
+        """The step as a function: (sums, norm, parameters, optimizer state)."""
         self.compilations += COMPILES
         backbone, optimizer = self._gemma.backbone, self._optimizer
         before = flat(parameters), flat(state)  # an optimizer writes into the state it is given

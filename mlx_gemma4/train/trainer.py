@@ -22,6 +22,7 @@ from ..objectives.sft import sft
 from ..storage import write_json
 from .checkpoint import Checkpoints, writing
 from .guards import LossWatch, first_not_finite
+from .parallel import Ranks
 from .prefetch import Progress, Step
 from .run import Callback, Run
 from .step import CompiledStep
@@ -48,6 +49,7 @@ class Trainer:
         options: how a step is computed.
         config: gives seed, max_grad_norm, and how often to report, evaluate and save.
         run: what is told to callbacks, and returned.
+        ranks: the processes that train together; callbacks and checkpoints are rank 0's.
     """
 
     def __init__(
@@ -64,12 +66,13 @@ class Trainer:
         options: StepOptions = StepOptions(),
         config: TrainConfig = TrainConfig(),
         run: Run | None = None,
+        ranks: Ranks = Ranks(),
     ):
         self.gemma, self.steps, self.optimizer = gemma, steps, optimizer
         self.callbacks, self.validate, self.checkpoints = callbacks, validate, checkpoints
         self.config, self.run, self.sample = config, run or Run(gemma), sample
-        self.objective, self.options = objective, options
-        self.step = CompiledStep(gemma, optimizer, objective, options, config.max_grad_norm)
+        self.objective, self.options, self.ranks = objective, options, ranks
+        self.step = CompiledStep(gemma, optimizer, objective, options, config.max_grad_norm, ranks)
         self._meter = _Meter()
         self._watch = LossWatch(gemma, config.warmup_steps)
         self._notes: list[str] = []
@@ -95,9 +98,10 @@ class Trainer:
                 self._take(step)
                 if time.perf_counter() > until:
                     run.stop(f"max_minutes, {config.max_minutes:g}, are over")
-                last = run.step == total or run.stopped is not None
+                stopped, interrupted = self._agree()
+                last = run.step == total or stopped
                 evaluated = last or run.step % config.eval_every == 0
-                validate = self.validate if evaluated and not run.interrupted else None
+                validate = self.validate if evaluated and not interrupted else None
                 val_loss = validate() if validate else None
                 if evaluated or run.step % config.report_every == 0:
                     self._report(val_loss, evaluated)
@@ -118,7 +122,8 @@ class Trainer:
         if not self.gemma.backbone.training:
             self.gemma.backbone.train()
         number = step.progress.step
-        random = np.random.SeedSequence([self.config.seed, number]).generate_state(1)[0]
+        drawn = [self.config.seed, number, *[self.ranks.rank] * (self.ranks.rank > 0)]
+        random = np.random.SeedSequence(drawn).generate_state(1)[0]
         key = mx.random.key(int(random))
         sums, norm = self.step(step.batches, key)
         # One step at a time on the device: the next one's memory would add to this one's.
@@ -162,6 +167,14 @@ class Trainer:
             "on_nonfinite skip" + (", and resume" if newest else ""),
         )
 
+    def _agree(self) -> tuple[bool, bool]:
+        """(whether the run stops, and is interrupted): all ranks do where one does."""
+        stopped, interrupted = self.ranks.any(self.run.stopped is not None, self.run.interrupted)
+        self.run.interrupted |= interrupted
+        if stopped:
+            self.run.stop("another rank stopped")
+        return stopped, interrupted
+
     def _is_stuck(self) -> bool:
         """Stop where the last `patience` regular evaluations brought no lower validation loss."""
         losses = [
@@ -173,7 +186,7 @@ class Trainer:
         stuck = bool(losses) and len(losses) - 1 - losses.index(min(losses)) >= patience
         if stuck:
             self.run.stop(f"no lower validation loss in {patience} evaluations")
-        return stuck
+        return self.ranks.any(stuck)[0]
 
     def _report(self, val_loss: float | None, evaluated: bool) -> None:
         rate = float(self.optimizer.learning_rate)
@@ -212,7 +225,7 @@ class _Meter:
     def __init__(self) -> None:
         self._loss, self._count, self._tokens = 0.0, 0.0, 0
         self._norm: float | None = None
-        self._metrics: defaultdict[str, float] = defaultdict(float)
+        self._metrics: defaultdict[str, Any] = defaultdict(float)
         self._since, self._seconds = 0.0, 0.0
 
     def resume(self) -> None:
@@ -225,7 +238,7 @@ class _Meter:
         self._seconds += time.perf_counter() - self._since
         self._norm = float(norm)
         for name, value in sums.metrics.items():
-            self._metrics[name] += float(value)
+            self._metrics[name] += np.array(value, np.float64)
 
     def line(self, val_loss: float | None, learning_rate: float) -> dict[str, Any]:
         """Of metrics.jsonl; `grad_norm` is the last step's, before clipping."""
@@ -237,4 +250,9 @@ class _Meter:
             "learning_rate": learning_rate,
             "peak_memory_gb": mx.get_peak_memory() / 1e9,
             "grad_norm": self._norm,
-        } | {name: value / self._count for name, value in self._metrics.items()}
+        } | {name: _plain(value / self._count) for name, value in self._metrics.items()}
+
+
+def _plain(value: Any) -> Any:
+    """For JSON: a number, or lists of them to six places."""
+    return float(value) if np.ndim(value) == 0 else value.round(6).tolist()

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from itertools import islice
+from itertools import combinations, islice
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_gemma4.data.batch.collate import collate
+from mlx_gemma4.data.batch.collate import collate, collate_alike
 from mlx_gemma4.data.batch.order import BatchOrder, pack
+from mlx_gemma4.data.batch.shapes import NO_SHAPES, Shapes, _least_padding
 from mlx_gemma4.data.example import Example
 
 
@@ -132,3 +133,38 @@ def test_no_batch_is_larger_than_is_said_and_padding_is_what_collate_makes(packi
         assert batch.longest is None or longest is None or batch.longest <= longest
         real = sum(len(examples[i]) - 1 for row in rows for i in row)
         assert order.padding_of(rows) == batch.tokens_BT.size - real
+
+
+@pytest.mark.parametrize(
+    ("packing", "size", "shapes", "padding"), [(True, 1, 6, 0.01), (False, 4, 16, 0.05)]
+)
+def test_a_run_has_few_shapes(packing, size, shapes, padding):
+    """Over two epochs, for little more padding than where every batch is as long as it must be."""
+    random, lengths = np.random.default_rng(1), chat_lengths()
+    some = [
+        Example(np.full(n, 5), random.random(n) < random.uniform(0.2, 0.6), "") for n in lengths
+    ]
+    order = BatchOrder.of(some, 2048, size, packing)
+    few = Shapes.of_run(order, np.array([example.num_targets for example in some]))
+    found: list[set] = [set(), set()]
+    positions = [0, 0]
+    for rows in [rows for number in range(2) for rows in order.epoch(number)]:
+        chosen = [[some[i] for i in row] for row in rows]
+        for i, given in enumerate((NO_SHAPES, few)):
+            (batch,) = collate_alike([chosen], shapes=given)
+            found[i].add((batch.tokens_BT.shape, batch.targets_R.shape, batch.longest))
+            positions[i] += batch.tokens_BT.size
+    assert len(found[1]) <= shapes < len(found[0])
+    assert positions[1] <= positions[0] * (1 + padding)
+
+
+def test_the_lengths_that_are_kept_pad_least():
+    lengths, counts = [3, 5, 8, 9, 20, 21, 30], [4, 1, 7, 2, 9, 1, 3]
+
+    def padded(kept):
+        return sum(n * min(k for k in kept if k >= length) for length, n in zip(lengths, counts))
+
+    best = min(padded([*some, 30]) for some in combinations(lengths[:-1], 2))
+    kept = _least_padding(lengths, counts, 3)
+    assert len(kept) == 3 and kept[-1] == 30 and padded(kept) == best
+    assert _least_padding(lengths, counts, 10) == lengths

@@ -15,9 +15,10 @@ from mlx_gemma4.config import DataConfig, LoraConfig, TrainConfig
 from mlx_gemma4.errors import AdapterError, ConfigError, ModelError
 from mlx_gemma4.fit import main
 from mlx_gemma4.memory import choose as choosing
-from mlx_gemma4.memory.choose import choose, fit_settings, machine_memory, parse_memory
+from mlx_gemma4.memory.choose import choose, fit_settings, parse_memory
 from mlx_gemma4.memory.estimate import Estimate, StepSettings, estimate
 from mlx_gemma4.model.plan import Plan, read_config
+from mlx_gemma4.nn.budgets import machine_memory
 
 WANTED = StepSettings(batch_size=4, length=2048)
 

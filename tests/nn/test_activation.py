@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
@@ -12,7 +14,8 @@ from mlx_gemma4.nn.activation import gelu_times
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
-def test_value_and_gradients(dtype, compiled):
+@pytest.mark.parametrize("keep", [True, False], ids=["derivatives", "inputs"])
+def test_value_and_gradients(keep, dtype, compiled):
     keys = mx.random.split(mx.random.key(0), 3)
     gate, x, weight = (3 * mx.random.normal((7, 90), key=key) for key in keys)
     gate[0, :4] = mx.array([0.0, 20.0, -20.0, 1e-3])
@@ -27,16 +30,18 @@ def test_value_and_gradients(dtype, compiled):
     def plain(gate, x):
         return nn.gelu_approx(gate) * x
 
+    ours_of = partial(gelu_times, keep_derivatives=keep)
     low, close = (gate.astype(dtype), x.astype(dtype)), 2e-6 if dtype == mx.float32 else 0.03
-    assert relative_gap(gelu_times(*low).astype(mx.float32), plain(gate, x)) < close
+    assert relative_gap(ours_of(*low).astype(mx.float32), plain(gate, x)) < close
     _, wanted_grads = run(plain)(gate, x)
-    _, grads = run(gelu_times)(*low)
+    _, grads = run(ours_of)(*low)
     for ours, reference in zip(grads, wanted_grads):
         assert ours.dtype == dtype
         assert relative_gap(ours.astype(mx.float32), reference) < close
 
 
-def test_two_arrays_are_kept():
+@pytest.mark.parametrize("keep", [True, False], ids=["derivatives", "inputs"])
+def test_two_arrays_are_kept(keep):
     w = mx.random.normal((512, 512)) * 0.05
     x = mx.random.normal((4096, 512))
     mx.eval(w, x)
@@ -53,4 +58,6 @@ def test_two_arrays_are_kept():
         mx.eval(mx.grad(loss)(x))
         return mx.get_peak_memory() - resident
 
-    assert peak(gelu_times) < 0.7 * peak(lambda g, y: nn.gelu_approx(g) * y)
+    assert peak(partial(gelu_times, keep_derivatives=keep)) < 0.7 * peak(
+        lambda g, y: nn.gelu_approx(g) * y
+    )

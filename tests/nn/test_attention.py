@@ -5,17 +5,15 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers import relative_gap
+from helpers import relative_gap, small_budgets
 
 from mlx_gemma4.nn import attention as attention_module
 from mlx_gemma4.nn.attention import attention
+from mlx_gemma4.nn.budgets import Budgets
 from mlx_gemma4.nn.mask import AttentionMask
 
-
-@pytest.fixture(autouse=True)
-def _small_blocks(monkeypatch):
-    """Blocks of 64 queries, so that a short sequence has several."""
-    monkeypatch.setattr(attention_module, "_BLOCK_BYTES", 1)
+GPU = Budgets(gpu_memory=10**6)
+"""Blocks of 64 queries, several together."""
 
 
 def documents(*lengths: int) -> mx.array:
@@ -23,7 +21,7 @@ def documents(*lengths: int) -> mx.array:
 
 
 def images(*spans: tuple[int, int]) -> mx.array:
-    numbers = np.full((1, 150), -1)
+    numbers = np.full((1, 342), -1)
     for number, (start, end) in enumerate(spans):
         numbers[:, start:end] = number
     return mx.array(numbers)
@@ -51,19 +49,19 @@ def brute_force(mask: AttentionMask) -> np.ndarray:
 @pytest.mark.parametrize(
     "mask",
     [
-        AttentionMask(150),
-        AttentionMask(150, window=40),
-        AttentionMask(150, window=64),
-        AttentionMask(150, segments_BT=documents(50, 30, 70), longest=70),
-        AttentionMask(150, window=40, segments_BT=documents(50, 30, 70), longest=70),
-        AttentionMask(150, segments_BT=documents(1, 1, 148), longest=148),
+        AttentionMask(342),
+        AttentionMask(342, window=40),
+        AttentionMask(342, window=64),
+        AttentionMask(342, segments_BT=documents(50, 30, 70, 66, 68, 58), longest=70),
+        AttentionMask(342, 40, documents(50, 30, 70, 66, 68, 58), longest=70),
+        AttentionMask(342, segments_BT=documents(1, 1, 148, 192), longest=192),
         AttentionMask(20),
-        AttentionMask(150, images_BT=images((20, 45), (100, 120)), largest_image=25),
-        AttentionMask(150, 40, images_BT=images((3, 90), (100, 120)), largest_image=87),
+        AttentionMask(342, images_BT=images((20, 45), (100, 120)), largest_image=25),
+        AttentionMask(342, 40, images_BT=images((3, 90), (100, 120)), largest_image=87),
         AttentionMask(
-            150, 40, None, None, images((3, 90), (100, 120)), None, window_limits_images=True
+            342, 40, None, 342, images((3, 90), (200, 220)), 87, window_limits_images=True
         ),
-        AttentionMask(150, 40, documents(90, 60), 90, images((3, 89), (100, 120)), 86),
+        AttentionMask(342, 40, documents(90, 60, 192), 192, images((3, 30), (100, 120)), 27),
     ],
     ids=[
         "causal",
@@ -85,25 +83,27 @@ def test_blockwise_equals_plain(N, K, mask):
     shapes = [(1 if single else 2, n, mask.length, 16) for n in (N, K, K, N)]
     q, k, v, weight = (mx.random.normal(s, key=key) * 0.7 for s, key in zip(shapes, keys))
 
-    def total(method):
+    def total(method, budgets=None):
         def run(q, k, v):
-            return (attention(q, k, v, mask, method) * weight).sum()
+            return (attention(q, k, v, mask, method, budgets) * weight).sum()
 
         return mx.value_and_grad(run, argnums=(0, 1, 2))(q, k, v)
 
     assert isinstance(whole := mask.whole(), str) or np.array_equal(
         np.array(whole).reshape(-1, mask.length, mask.length)[0], brute_force(mask)
     )
-    (plain, plain_grads), (block, block_grads) = total("plain"), total("blockwise")
-    assert float(block) == pytest.approx(float(plain), abs=1e-3, rel=1e-5)
-    for ours, reference in zip(block_grads, plain_grads):
-        assert relative_gap(ours, reference) < 1e-5
+    plain, plain_grads = total("plain")
+    for budgets in (Budgets(), GPU):
+        block, block_grads = total("blockwise", budgets)
+        assert float(block) == pytest.approx(float(plain), abs=1e-3, rel=1e-5)
+        for ours, reference in zip(block_grads, plain_grads):
+            assert relative_gap(ours, reference) < 1e-5
 
 
 def test_blockwise_compiled():
-    q, k, v = (mx.random.normal((1, n, 150, 16), key=mx.random.key(n)) for n in (4, 1, 2))
+    q, k, v = (mx.random.normal((1, n, 342, 16), key=mx.random.key(n)) for n in (4, 1, 2))
     v = v[:, :1]
-    mask = AttentionMask(150, window=40)
+    mask = AttentionMask(342, window=40)
 
     def run(q, k, v):
         return mx.grad(lambda q: attention(q, k, v, mask, "blockwise").sum())(q)
@@ -122,7 +122,7 @@ def test_blockwise_compiled():
 )
 def test_work_follows_what_is_visible(mask, scores):
     """Scores that blocks of 64 form: half of T x T, T x window, T x longest document."""
-    formed = sum((end - first) * (stop - key) for first, end, key, stop in mask.blocks(64))
+    formed = sum(t.blocks * t.queries * t.keys for t in mask.tiles(64))
     assert formed == scores
 
 
@@ -134,7 +134,8 @@ def test_bfloat16_keeps_its_dtype_and_softmax_is_float32():
     assert relative_gap(mixed.astype(mx.float32), exact) < 0.02
 
 
-def test_memory_is_far_below_the_scores():
+def test_memory_is_far_below_the_scores(monkeypatch):
+    small_budgets(monkeypatch)
     T, N = 1024, 4
     q, k, v = (mx.random.normal((1, n, T, 16)) for n in (N, 1, 1))
     mx.eval(q, k, v)
@@ -167,9 +168,8 @@ def test_auto_goes_blockwise_where_scores_are_large(monkeypatch):
     assert taken
 
 
-def test_sums_of_blocks_lose_nothing_in_bfloat16(monkeypatch):
+def test_sums_of_blocks_lose_nothing_in_bfloat16():
     """Gradients of keys and values, summed over 16 blocks, are as near to float32 as plain ones."""
-    monkeypatch.setattr(attention_module, "_BLOCK_BYTES", 8 * 2**20)
     T = 4096
     shapes = [(1, 2, T, 16), (1, 1, T, 16), (1, 1, T, 16), (1, 2, T, 16)]
     *inputs, cotangent = (

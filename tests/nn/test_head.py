@@ -8,12 +8,11 @@ from types import SimpleNamespace
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from helpers import assert_same_grads, relative_gap, some_tokens
+from helpers import assert_same_grads, relative_gap, small_budgets, some_tokens
 from mlx_lm.tuner.lora import LoRALinear
 
 import mlx_gemma4 as g4
 from mlx_gemma4.model.names import text_model
-from mlx_gemma4.nn import head as head_module
 from mlx_gemma4.nn.forward import forward
 from mlx_gemma4.nn.head import batch_log_probs, logits, token_log_probs
 from mlx_gemma4.objectives.sft import sft
@@ -42,7 +41,7 @@ def model(request, tiny):
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch):
-    monkeypatch.setattr(head_module, "_CHUNK_BYTES", 1)
+    small_budgets(monkeypatch)
 
 
 def inputs(gemma, R=180):

@@ -9,13 +9,12 @@ import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
 import pytest
-from helpers import assert_same_grads, make_lora_nonzero, relative_gap
+from helpers import assert_same_grads, make_lora_nonzero, relative_gap, small_budgets
 from media import IMAGES, ROWS, batch_with, build_with_media, rows_with
 from mlx.utils import tree_map
 
 import mlx_gemma4 as g4
 from mlx_gemma4.model.names import flat
-from mlx_gemma4.nn import attention as attention_module
 from mlx_gemma4.nn.forward import forward
 from mlx_gemma4.nn.media import Media, encoded
 from mlx_gemma4.train.step import train_step
@@ -55,7 +54,7 @@ def test_buffers_of_encoders_never_train(gemma):
 @pytest.mark.parametrize("how", ["rematerialized", "blockwise", "lean"])
 def test_however_it_is_computed(gemma, rows, how, monkeypatch):
     """Several blocks of attention, in text and in the image encoder; every layer run again."""
-    monkeypatch.setattr(attention_module, "_BLOCK_BYTES", 1)
+    small_budgets(monkeypatch)
     batch = batch_with(rows)
     loss, _, grads = g4.loss_and_grads(gemma, batch, attention="plain")
     again = g4.loss_and_grads(

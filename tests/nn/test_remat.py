@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import mlx.core as mx
 import pytest
-from helpers import assert_same_grads, make_lora_nonzero, some_tokens
+from helpers import assert_same_grads, make_lora_nonzero, small_budgets, some_tokens
 
 import mlx_gemma4 as g4
 from mlx_gemma4.model.names import flat
-from mlx_gemma4.nn import attention as attention_module
 from mlx_gemma4.nn import forward as forward_module
-from mlx_gemma4.nn import head as head_module
 from mlx_gemma4.nn.remat import in_pieces, rematerialized
 
 
@@ -55,8 +53,7 @@ def test_lora_on_some_layers_only(tiny, num_layers):
 @pytest.fixture
 def _small_blocks(monkeypatch):
     """Or what all settings share is the larger part of a small model's step."""
-    monkeypatch.setattr(attention_module, "_BLOCK_BYTES", 2**19)
-    monkeypatch.setattr(head_module, "_CHUNK_BYTES", 2**19)
+    small_budgets(monkeypatch, positions=256, targets=256)
 
 
 @pytest.mark.usefixtures("_small_blocks")
@@ -137,8 +134,7 @@ def test_a_layer_in_pieces_is_the_same_layer(checkpoints, shape, monkeypatch, fi
         make_lora_nonzero(gemma)
     batch = g4.Batch.from_tokens(some_tokens(gemma.plan.vocab_size))
     whole = g4.loss_and_grads(gemma, batch, rematerialize=True)
-    monkeypatch.setattr(forward_module, "_PIECE_BYTES", 1)
-    monkeypatch.setattr(forward_module, "_LEAST_POSITIONS", 23)
+    small_budgets(monkeypatch, positions=23)
     pieces = g4.loss_and_grads(gemma, batch, rematerialize=True)
     assert float(pieces[0]) == pytest.approx(float(whole[0]), rel=1e-6)
     assert_same_grads(pieces[2], whole[2], 1e-4)

@@ -80,9 +80,9 @@ def test_side_effect_store_in_a_rematerialized_layer(gemma, e2b, monkeypatch):
     def leaky(module, hidden, input_, shared_kv, *, layer_plan, **facts):
         if shared_kv is not None:
             shared_kv = store[layer_plan.kv_source]
-        hidden, kv = layer(module, hidden, input_, shared_kv, layer_plan=layer_plan, **facts)
+        hidden, kv, sums = layer(module, hidden, input_, shared_kv, layer_plan=layer_plan, **facts)
         store[layer_plan.index] = kv
-        return hidden, kv
+        return hidden, kv, sums
 
     monkeypatch.setattr(forward_module, "decoder_layer", leaky)
     with pytest.raises(AssertionError, match=r"\de[+-]"):

@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
-from helpers import assert_same_grads, relative_gap, worst_gap
+from helpers import assert_same_grads, relative_gap, small_budgets, worst_gap
 from reference import (
     VOCAB,
     Reference,
@@ -25,8 +25,6 @@ from reference import (
 
 import mlx_gemma4 as g4
 from mlx_gemma4.model.names import flat
-from mlx_gemma4.nn import attention as attention_module
-from mlx_gemma4.nn import forward as forward_module
 from mlx_gemma4.nn.head import batch_log_probs
 from mlx_gemma4.objectives.sft import sft
 
@@ -96,14 +94,17 @@ def test_every_gradient(reference, padded, rematerialize):
     assert_exact(gemma, reference, random_batch(padded=padded), rematerialize)
 
 
-def test_the_leanest_setting(reference, monkeypatch):
-    """Several blocks of attention, pieces of positions, and every layer run again."""
-    monkeypatch.setattr(attention_module, "_BLOCK_BYTES", 1)
-    monkeypatch.setattr(forward_module, "_PIECE_BYTES", 1)
-    monkeypatch.setattr(forward_module, "_LEAST_POSITIONS", 64)
+@pytest.mark.parametrize("on_gpu", [False, True], ids=["cpu", "gpu"])
+def test_the_leanest_setting(reference, monkeypatch, on_gpu):
+    """Several blocks of attention, pieces of positions, and every layer run again; and what a GPU
+    computes in another way.
+    """
+    small_budgets(monkeypatch, on_gpu=on_gpu)
     gemma = load(reference)
     gemma.train_all()
-    assert_exact(gemma, reference, random_batch(T=150, padded=True), True, "blockwise")
+    assert_exact(
+        gemma, reference, random_batch(T=300 if on_gpu else 150, padded=True), True, "blockwise"
+    )
 
 
 @pytest.mark.parametrize("rematerialize", [False, True], ids=["kept", "rematerialized"])

@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
-from helpers import assert_same_grads, make_lora_nonzero, worst_gap
+from helpers import assert_same_grads, make_lora_nonzero, small_budgets, worst_gap
 from mlx.utils import tree_map
 from peft import LoraConfig as PeftConfig
 from peft import get_peft_model
@@ -16,8 +16,6 @@ from test_exact import GRADS, LOSS, assert_logits, load
 
 import mlx_gemma4 as g4
 from mlx_gemma4.model.names import flat
-from mlx_gemma4.nn import attention as attention_module
-from mlx_gemma4.nn import head as head_module
 from mlx_gemma4.train.optim import make_optimizer
 
 SHAPES = ["dense", "e2b", "e4b", "moe", "text", "unified"] if UNIFIED else [
@@ -34,8 +32,7 @@ def reference(request, tmp_path):
 @pytest.mark.parametrize("lean", [False, True], ids=["plain", "lean"])
 def test_every_adapter_gradient(reference, lean, monkeypatch):
     """Lean: attention and loss in several blocks, every layer run again."""
-    monkeypatch.setattr(attention_module, "_BLOCK_BYTES", 1)
-    monkeypatch.setattr(head_module, "_CHUNK_BYTES", 1)
+    small_budgets(monkeypatch)
     gemma = load(reference)
     mx.random.seed(0)
     gemma.add_lora(g4.LoraConfig(rank=4, alpha=6.0))

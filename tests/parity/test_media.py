@@ -10,7 +10,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 import torch
-from helpers import assert_same_grads, make_lora_nonzero, worst_gap
+from helpers import assert_same_grads, make_lora_nonzero, small_budgets, worst_gap
 from media import ROWS, batch_with, rows_with
 from peft import LoraConfig as PeftConfig
 from peft import get_peft_model
@@ -19,7 +19,6 @@ from test_exact import GRADS, LOGITS, LOSS, ple_grad
 
 import mlx_gemma4 as g4
 from mlx_gemma4.model.names import flat
-from mlx_gemma4.nn import attention as attention_module
 from mlx_gemma4.nn import media as media_module
 from mlx_gemma4.nn.media import Media
 
@@ -134,7 +133,7 @@ def test_every_gradient(reference, inputs):
 
 def test_the_leanest_setting(reference, monkeypatch):
     """Several blocks of attention in text and encoder, and every layer run again."""
-    monkeypatch.setattr(attention_module, "_BLOCK_BYTES", 1)
+    small_budgets(monkeypatch)
     gemma = g4.load(reference.folder, encoders=True)
     gemma.train_all(encoders=True)
     name = "rows" if reference.shape in ("moe", "dense") else "both"

@@ -13,6 +13,7 @@ from helpers import CHAT, write_rows
 
 import mlx_gemma4 as g4
 from mlx_gemma4.train import finetune, trainer
+from mlx_gemma4.train.console import Console
 
 SETTINGS = {"iters": 4, "packing": False, "report_every": 2, "eval_every": 4}
 
@@ -49,6 +50,16 @@ def test_a_terminal_has_a_bar_too(gemma, data, capsys, monkeypatch):
     g4.finetune(gemma, data, g4.TrainConfig(**SETTINGS))
     assert len(lines(capsys.readouterr().out)) == len(LINES)
     assert re.search(r"\d+%\|.*\d/4 .*loss \d", terminal.getvalue())
+
+
+def test_the_loss_of_the_bar_is_smoothed():
+    shown, console = [], Console()
+    console._bar = SimpleNamespace(
+        set_postfix_str=lambda text, refresh: shown.append(text), update=lambda: None
+    )
+    for step, loss in enumerate([4.0, 2.0, float("nan"), 3.0], 1):
+        console.advance(step, loss)
+    assert shown == ["loss 4.000", "loss 3.800", "loss 3.720"]
 
 
 def test_without_validation_the_first_report_prints_nothing(gemma, data, capsys):

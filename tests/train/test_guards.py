@@ -207,6 +207,23 @@ def test_memory_that_runs_out_names_the_setting(text, layers, rows, do):
     assert "8.0 GB before the first step and 3.8 GB for a step" in error.value.found
 
 
+@pytest.mark.parametrize("checkpoint", [None, Path("runs/1/checkpoint-000010")])
+def test_macos_ends_the_work_of_the_gpu(checkpoint):
+    text = (
+        "[METAL] Command buffer execution failed: Impacting Interactivity "
+        "(0000000e:kIOGPUCommandBufferCallbackErrorImpactingInteractivity)"
+    )
+    found = Estimate(8_000_000_000, 3_800_000_000)
+    with (
+        pytest.raises(g4.TrainingError, match="macOS ended the GPU's work") as error,
+        budget.within_memory(g4.TrainConfig(), 8, 0, 6, found, lambda: checkpoint),
+    ):
+        raise RuntimeError(text)
+    assert "AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1" in error.value.do and "display off" in error.value.do
+    assert error.value.do.endswith("resume" if checkpoint else "run it again")
+    assert (str(checkpoint) in error.value.found) == bool(checkpoint)
+
+
 def test_other_errors_of_the_device_stay_as_they_are():
     with (
         pytest.raises(RuntimeError, match="no such kernel"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import struct
 import sys
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
@@ -56,6 +58,24 @@ def test_tensorboard_gets_every_figure(gemma, tmp_path, monkeypatch):
     assert calls[0][:2] == ("SummaryWriter", (f"{run.output}/tensorboard",))
     assert ("add_scalar", ("loss", run.history[-1]["loss"], 2), {}) in calls
     assert calls[-1][0] == "close"
+
+
+if find_spec("tensorboardX"):
+
+    def test_tensorboards_own_files_hold_every_figure(gemma, tmp_path):
+        from tensorboardX.proto.event_pb2 import Event
+
+        run = train(gemma, tmp_path / "out", "tensorboard")
+        [path] = (tmp_path / "out" / "tensorboard").iterdir()
+        content, found = path.read_bytes(), {}
+        while content:  # records: 8 bytes of length, 4 of its checksum, content, its checksum
+            end = 12 + struct.unpack("<Q", content[:8])[0]
+            event, content = Event.FromString(content[12:end]), content[end + 4 :]
+            for value in event.summary.value:
+                found.setdefault(value.tag, {})[event.step] = value.simple_value
+        assert found.keys() >= {"loss", "grad_norm", "learning_rate", "tokens_per_second"}
+        losses = {m["step"]: m["loss"] for m in run.history if m["loss"] is not None}
+        assert found["loss"] == pytest.approx(losses)
 
 
 @pytest.mark.parametrize("name", [*SERVICES, "tensorboard"])

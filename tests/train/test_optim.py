@@ -95,6 +95,23 @@ def test_lora_plus_gives_b_its_own_rate(checkpoints, use_dora, decay):
     assert float(optimizer.learning_rate) == pytest.approx(0.005)
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.001, 0.5])
+def test_embeddings_have_a_rate_of_their_own(tiny, rate):
+    gemma = g4.load(tiny)
+    gemma.train_parts(("embeddings", "norms"))
+    config = g4.TrainConfig(
+        fine_tune_type="full", optimizer="sgd", learning_rate=0.01, embedding_learning_rate=rate
+    )
+    optimizer = make_optimizer(config, 10, gemma.backbone.trainable_parameters())
+    assert float(optimizer.learning_rate) == pytest.approx(0.01)
+    moved = moves(gemma, optimizer)
+    [embeddings] = [name for name in moved if "embed_tokens" in name]
+    for name, change in moved.items():
+        assert np.allclose(change, rate if name == embeddings else 0.01, atol=1e-6), name
+    with pytest.raises(g4.ConfigError, match="embedding_learning_rate is"):
+        g4.TrainConfig(embedding_learning_rate=rate)
+
+
 @pytest.mark.parametrize("name", ("adam", "muon"))
 def test_lora_plus_trains_with_every_optimizer_compiled_and_not(tiny, name):
     runs = []

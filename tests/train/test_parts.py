@@ -18,6 +18,7 @@ from mlx_gemma4.model.names import flat, text_model
 NORMS = r"(layers\.\d+\..*)?\w*norm\w*\.weight"
 PARTS = [
     ("e2b", ("norms",), NORMS),
+    ("e2b", ("embeddings",), r"embed_tokens\.weight"),
     ("e2b", ("ple-projections",), r"layers\.\d\.per_layer_(input_gate|projection)\.weight"),
     ("e2b", ("last-2-layers",), r"layers\.[45]\.(?!layer_scalar).*"),
     ("moe", ("experts", "layers.0.mlp.up_proj"),

@@ -90,7 +90,9 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_checkpoint_is_passed_over(saved, restore, tmp_path, name, damage):
     out = Path(shutil.copytree(saved, tmp_path / "out"))
-    DAMAGE[damage](out / "checkpoints" / "step-000004" / name)
+    checkpoint = out / "checkpoints" / "step-000004"
+    assert {path.name for path in checkpoint.iterdir()} == {*FILES}
+    DAMAGE[damage](checkpoint / name)
     progress, notes = restore(out)
     assert progress.step == 2
     assert len(notes) == 1 and notes[0].startswith("warning: step-000004 is damaged (")

@@ -18,7 +18,8 @@ from ...nn.batch import Batch
 from ...nn.media import Media
 from ..example import Example
 from ..read.records import located
-from .order import bucket, longest_bound, padded_length
+from .order import bucket
+from .shapes import NO_SHAPES, Shapes
 
 
 def collate(
@@ -52,22 +53,24 @@ def collate_alike(
     pad_token: int = 0,
     media: MediaSettings = NO_MEDIA,
     encoded: bool = False,
+    shapes: Shapes = NO_SHAPES,
 ) -> list[Batch]:
     """`collate` for each of the batches of a step, in shapes that they share.
 
     Args:
         encoded: soft tokens come from elsewhere, in the order of their tokens: media are not read.
+        shapes: those that the batches of a run have.
     """
     parts = [[[row] if isinstance(row, Example) else list(row) for row in rows] for rows in batches]
     every = [row for rows in parts for row in rows]
     examples = [[example for row in rows for example in row] for rows in parts]
     longest = max(len(example) - 1 for row in every for example in row)
-    T = padded_length(max(sum(len(example) - 1 for example in row) for row in every))
+    positions = max(sum(len(example) - 1 for example in row) for row in every)
     # Room for the sum of every sequence, even where an example has no target.
-    R = bucket(max(max(len(es), sum(e.num_targets for e in es)) for es in examples), 64)
+    targets = max(max(len(es), sum(e.num_targets for e in es)) for es in examples)
+    T, R, bound = shapes.of_batch(positions, targets, longest)
     packed = any(len(row) > 1 for row in every)
-    bound = longest_bound(longest, T) if packed else None
-    made = [_collate(rows, pad_token, T, R, packed, bound) for rows in parts]
+    made = [_collate(rows, pad_token, T, R, packed, bound if packed else None) for rows in parts]
     room = _room([[file for example in es for file in example.media] for es in examples])
     return [
         _with_media(batch, rows, room, media, encoded) if any(e.media for e in es) else batch

@@ -185,6 +185,8 @@ def config_of(lora: LoraConfig | None, backbone: nn.Module, model: str) -> dict[
         parameters["alpha_pattern"] = dict(lora.alpha_pattern or {})
     if lora.use_rslora:
         parameters["use_rslora"] = True
+    if lora.qat:
+        parameters["qat"] = True
     num_layers = lora.num_layers if lora.num_layers >= 0 else count
     keys = keys_of(list(low_rank_updates(backbone)), backbone, num_layers)
     return {
@@ -212,6 +214,7 @@ def _settings(
             dropout=float(saved.get("dropout", 0.0)),
             num_layers=layers if 0 < layers < num_layers else -1,
             use_rslora=rslora,
+            qat=bool(saved.get("qat", False)),
             use_dora=config.get("fine_tune_type") == "dora",
             rank_pattern=ranks,
             alpha_pattern=alphas,
