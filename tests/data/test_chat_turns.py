@@ -217,12 +217,11 @@ def test_a_bos_within_a_text_row_is_refused(tokenizer):
     assert error.found == "rows.jsonl:1: has 2 <bos> tokens when rendered"
 
 
-@pytest.mark.parametrize(("role", "kind"), [("user", "audio"), ("assistant", "image")])
-def test_media_that_cannot_be_trained_on(tokenizer, role, kind):
+@pytest.mark.parametrize("kind", ["audio", "image"])
+def test_media_that_cannot_be_trained_on(tokenizer, kind):
     parts = [{"type": kind, kind: "a"}, {"type": "text", "text": "What is it?"}]
-    said = {"user": "Hello", "assistant": "It is 4."} | {role: parts}
-    turns = [{"role": name, "content": content} for name, content in said.items()]
-    assert f"({role}) holds {kind} and text" in refused(row(*turns), tokenizer).found
+    turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": parts}]
+    assert f"(assistant) holds {kind} and text" in refused(row(*turns), tokenizer).found
 
 
 def test_an_error_stands_in_its_rows_place_and_counts_nothing(tokenizer):

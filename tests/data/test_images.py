@@ -384,7 +384,7 @@ def test_images_are_read_only_where_there_are_some(folder, side):
     work = (
         "import sys, mlx_gemma4 as g4; from mlx_gemma4.data.batch.collate import collate;"
         "from mlx_gemma4.model.processor import ImageSettings;"
-        "from mlx_gemma4.data.media.image import _PIL;"
+        "from mlx_gemma4.media.image import _PIL;"
         "before = 'PIL.ImageOps' in sys.modules;"
         "_PIL(); print(before)"
     )
@@ -393,21 +393,25 @@ def test_images_are_read_only_where_there_are_some(folder, side):
 
 
 def test_settings_that_no_gemma_4_has(tmp_path, side):
-    from mlx_gemma4.model.processor import read_image_settings
+    from mlx_gemma4.model.processor import AudioSettings, read_media_settings
 
     good = json.loads((add_processor(tmp_path) / "processor_config.json").read_text())
-    assert read_image_settings(tmp_path, side.plan) == SMALL
+    assert read_media_settings(tmp_path, side.plan) == MediaSettings(SMALL, AudioSettings(114))
     unified = replace(side.plan, model_type="gemma4_unified")
-    assert read_image_settings(tmp_path, unified) == ImageSettings(IMAGE, 12, 1, 70)
+    assert read_media_settings(tmp_path, unified) == MediaSettings(ImageSettings(IMAGE, 12, 1, 70))
     for change in ({"max_soft_tokens": 71}, {"do_normalize": True}, {"patch_size": "4"}, None):
         images = change and good["image_processor"] | change
         (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": images}))
-        assert read_image_settings(tmp_path, side.plan) is None
+        assert read_media_settings(tmp_path, side.plan) == MediaSettings()
+    for change in ({"sampling_rate": 8000}, {"hop_length": 80}, {"dither": 0.1}):
+        sounds = good["feature_extractor"] | change
+        (tmp_path / "processor_config.json").write_text(json.dumps({"feature_extractor": sounds}))
+        assert read_media_settings(tmp_path, side.plan).audio is None
 
 
 def test_an_image_is_shown_as_the_number_of_its_tokens(folder, side):
     said = read(folder, side, IN_ROWS["image"]).show(0).text()
-    assert "<|image><|image|> x 66<image|>What is it?" in said
+    assert "<|image><|image|> x 66 wide.png<image|>What is it?" in said
 
 
 def test_rows_in_memory_name_files_only_with_the_flag(folder, side):
