@@ -45,7 +45,7 @@ def test_kept_ones_equal_computed_ones(folder, data, monkeypatch):
     steps = [(None, [[[0]], [[1, 2], [0]]])]
 
     def results(soft: SoftTokens | None) -> list:
-        [(_, batches)] = prepared(gemma, examples, steps, soft)
+        [(_, batches)] = prepared(gemma, examples, steps, soft=soft)
         if soft:
             assert all(b.media.fields().keys() == {"places_BT", "embeddings_KD"} for b in batches)
             assert len({b.media.embeddings_KD.shape for b in batches}) == 1
