@@ -9,11 +9,7 @@ from helpers import relative_gap, small_budgets
 
 from mlx_gemma4.nn import attention as attention_module
 from mlx_gemma4.nn.attention import attention
-from mlx_gemma4.nn.budgets import Budgets
 from mlx_gemma4.nn.mask import AttentionMask
-
-GPU = Budgets(gpu_memory=10**6)
-"""Blocks of 64 queries, several together."""
 
 
 def documents(*lengths: int) -> mx.array:
@@ -77,15 +73,15 @@ def brute_force(mask: AttentionMask) -> np.ndarray:
         "images in documents",
     ],
 )
-def test_blockwise_equals_plain(N, K, mask):
+def test_blockwise_equals_plain(N, K, mask, monkeypatch):
     keys = mx.random.split(mx.random.key(0), 4)
     single = mask.segments_BT is not None or mask.images_BT is not None
     shapes = [(1 if single else 2, n, mask.length, 16) for n in (N, K, K, N)]
     q, k, v, weight = (mx.random.normal(s, key=key) * 0.7 for s, key in zip(shapes, keys))
 
-    def total(method, budgets=None):
+    def total(method):
         def run(q, k, v):
-            return (attention(q, k, v, mask, method, budgets) * weight).sum()
+            return (attention(q, k, v, mask, method) * weight).sum()
 
         return mx.value_and_grad(run, argnums=(0, 1, 2))(q, k, v)
 
@@ -93,11 +89,28 @@ def test_blockwise_equals_plain(N, K, mask):
         np.array(whole).reshape(-1, mask.length, mask.length)[0], brute_force(mask)
     )
     plain, plain_grads = total("plain")
-    for budgets in (Budgets(), GPU):
-        block, block_grads = total("blockwise", budgets)
+    for on_gpu in (False, True):
+        small_budgets(monkeypatch, on_gpu=on_gpu)
+        block, block_grads = total("blockwise")
         assert float(block) == pytest.approx(float(plain), abs=1e-3, rel=1e-5)
         for ours, reference in zip(block_grads, plain_grads):
             assert relative_gap(ours, reference) < 1e-5
+
+
+@pytest.mark.parametrize("ahead", [0, 30])
+def test_blocks_of_a_window_go_together(ahead):
+    """All queries once, in order, each block with all that it attends to."""
+    pictures = {"images_BT": images((300, 330)), "largest_image": ahead} if ahead else {}
+    mask = AttentionMask(342, 40, **pictures, window_limits_images=True)
+    tiles = [*mask.tiles(64, 3)]
+    assert max(tile.blocks for tile in tiles) == 3
+    assert [t.first for t in tiles] == [0, *(t.end for t in tiles[:-1])] and tiles[-1].end == 342
+    for tile in tiles:
+        for block in range(tile.blocks):
+            first = tile.first + block * tile.queries
+            key = tile.first_key + block * tile.queries
+            assert key <= max(0, first - 39)
+            assert key + tile.keys >= min(342, first + tile.queries + mask.ahead)
 
 
 def test_blockwise_compiled():

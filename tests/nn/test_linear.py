@@ -16,6 +16,11 @@ from mlx_gemma4.nn.linear import linear
 
 def test_gradients_are_no_further_from_float32_than_with_the_modules_own(tiny, monkeypatch):
     gemma = g4.load(tiny)
+    # Layers that add little to the residual stream, or rounding is amplified and all is noise.
+    own = flat(gemma.backbone.parameters()).items()
+    small = [(name, value * 0.1) for name, value in own if "post_" in name]
+    gemma.backbone.load_weights(small, strict=False)
+    mx.random.seed(0)
     gemma.add_lora(g4.LoraConfig(rank=4))
     for i, (name, value) in enumerate(sorted(flat(gemma.backbone.trainable_parameters()).items())):
         if name.endswith("lora_b"):
@@ -38,7 +43,7 @@ def test_gradients_are_no_further_from_float32_than_with_the_modules_own(tiny, m
     own = grads()
     assert not mx.array_equal(ours, own)
     far, near = mx.linalg.norm(ours - exact), mx.linalg.norm(own - exact)
-    assert float(far) < 1.02 * float(near) < 0.5 * float(mx.linalg.norm(exact))
+    assert float(far) < 1.02 * float(near) < 0.05 * float(mx.linalg.norm(exact))
 
 
 def test_no_copy_of_the_input_in_float32():
