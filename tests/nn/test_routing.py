@@ -9,8 +9,8 @@ from helpers import assert_same_grads, make_lora_nonzero, relative_gap, some_tok
 
 import mlx_gemma4 as g4
 from mlx_gemma4.model.names import text_model
-from mlx_gemma4.nn import forward as forward_module
 from mlx_gemma4.nn.batch import StepOptions
+from mlx_gemma4.nn.budgets import Budgets
 from mlx_gemma4.nn.forward import forward_routed
 from mlx_gemma4.nn.routing import balance_loss, router_metrics, router_sums
 from mlx_gemma4.train import step as step_module
@@ -63,8 +63,7 @@ def test_gradients_under_checkpointing_and_in_pieces(checkpoints, monkeypatch):
     assert relative_gap(plain.loss, loss + added) < 1e-6
     assert float(plain.metrics["router_loss"] / count) > 1
     for positions in (256, 16):
-        monkeypatch.setattr(forward_module, "_LEAST_POSITIONS", positions)
-        monkeypatch.setattr(forward_module, "_PIECE_BYTES", 0 if positions == 16 else 1 << 21)
+        monkeypatch.setattr(Budgets, "mlp_positions", lambda *_, n=positions: n)
         sums, found = gradients(gemma, batch, options=StepOptions(6, balance=100.0))
         assert relative_gap(sums.loss, plain.loss) < 1e-6
         assert_same_grads(found, wanted, 1e-4)
