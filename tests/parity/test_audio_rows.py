@@ -23,6 +23,11 @@ from mlx_gemma4.media import audio
 from mlx_gemma4.media.kinds import media_file
 from mlx_gemma4.model.processor import AudioSettings, MediaSettings
 
+pytestmark = pytest.mark.skipif(
+    not hasattr(Gemma4Processor, "replace_audio_token"),
+    reason="the released processor counts an audio file's tokens another way; this is an earlier one",
+)
+
 NAMES = SimpleNamespace(boa_token="<|audio>", audio_token="<|audio|>", eoa_token="<audio|>")
 COUNTS = [9000, 3500]
 
