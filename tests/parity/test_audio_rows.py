@@ -25,7 +25,7 @@ from mlx_gemma4.model.processor import AudioSettings, MediaSettings
 
 pytestmark = pytest.mark.skipif(
     not hasattr(Gemma4Processor, "replace_audio_token"),
-    reason="the released processor counts an audio file's tokens another way; this is an earlier one",
+    reason="this transformers has an earlier processor, which counts tokens of audio another way",
 )
 
 NAMES = SimpleNamespace(boa_token="<|audio>", audio_token="<|audio|>", eoa_token="<audio|>")
